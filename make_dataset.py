@@ -20,7 +20,6 @@ the recording and everything trained on it live in [-1, 1]. Observations are sto
 import hashlib
 import math
 import os
-import re
 import shutil
 import subprocess
 import tempfile
@@ -125,17 +124,14 @@ def dataset_checksum(folder: Path) -> str:
 
 
 class ReplayBuffer:
-    """Transitions as rows of one float32 matrix, so that one gather fetches a batch.
-
-    `widths` names the columns and their sizes, 0 for a scalar: {"observations": 11, "rewards": 0}.
-    """
+    """Transitions as rows of one float32 matrix, so that one gather fetches a batch; widths as above."""
 
     def __init__(self, widths: dict[str, int], capacity: int, device: torch.device | str = "cpu"):
         self.widths, self.size = widths, 0
         self.rows = torch.zeros(capacity, sum(max(width, 1) for width in widths.values()), device=device)
 
     def add(self, *columns) -> None:
-        """Append a transition, or T of them as arrays (T, ...), columns as in `widths`. IndexError: full."""
+        """Append a transition, or T of them as arrays (T, ...), columns in the order of `widths`."""
         parts = [torch.as_tensor(column, dtype=torch.float32) for column in columns]
         rows = torch.cat([p.reshape(-1, max(w, 1)) for p, w in zip(parts, self.widths.values())], dim=1)
         if self.size + len(rows) > len(self.rows):
@@ -143,74 +139,50 @@ class ReplayBuffer:
         self.rows[self.size : self.size + len(rows)] = rows
         self.size += len(rows)
 
+    def sample_rows(self, count: int) -> Tensor:
+        """`count` rows drawn uniformly with replacement, (count, columns)."""
+        return self.rows[torch.randint(self.size, (count,), device=self.rows.device)]
+
     def split(self, rows: Tensor) -> dict[str, Tensor]:
         """Rows (B, columns) as named tensors: (B, width), or (B,) for a scalar."""
         parts = rows.split([max(width, 1) for width in self.widths.values()], dim=1)
         return {n: p if w else p.squeeze(1) for (n, w), p in zip(self.widths.items(), parts)}
 
-    def sample_rows(self, count: int) -> Tensor:
-        """`count` rows drawn uniformly with replacement, (count, columns)."""
-        return self.rows[torch.randint(self.size, (count,), device=self.rows.device)]
-
 
 # === Networks ==============================================================================================
 
-ACTIVATIONS = {"relu": F.relu, "silu": F.silu}
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0  # CleanRL, sac_continuous_action.py
 
 
 class MLP(nn.Module):
     """N independent multilayer perceptrons, evaluated together by one batched product a layer.
 
-    Input (B, I), the same for all, or (N, B, I); output (N, B, O). Weights are (N, fan_in, fan_out).
-    LayerNorm, where asked for, stands before the activation of the hidden layers. Initialised as nn.Linear.
+    Input (B, I), the same for all, or (N, B, I); output (N, B, O); weights (N, fan_in, fan_out), drawn as by
+    nn.Linear. `mean` and `std` normalise the inputs by the dataset's observation statistics (0 and 1 for what
+    is no observation): part of the network, so that a saved policy can't lose them.
     """
 
-    def __init__(self, n: int, sizes: list[int], activation: str = "relu", layer_norm: bool = False):
+    def __init__(self, n: int, sizes: list[int], activation: str = "relu"):
         super().__init__()
-        self.n, self.activation, self.layer_norm = n, ACTIVATIONS[activation], layer_norm
-        uniform = lambda *shape, fan_in: nn.Parameter(
-            torch.empty(shape).uniform_(-(fan_in**-0.5), fan_in**-0.5)
-        )
-        self.weights = nn.ParameterList([uniform(n, i, o, fan_in=i) for i, o in pairwise(sizes)])
-        self.biases = nn.ParameterList([uniform(n, 1, o, fan_in=i) for i, o in pairwise(sizes)])
-        hidden = sizes[1:-1] if layer_norm else []
-        self.gains = nn.ParameterList([nn.Parameter(torch.ones(n, 1, h)) for h in hidden])
-        self.shifts = nn.ParameterList([nn.Parameter(torch.zeros(n, 1, h)) for h in hidden])
+        self.n, self.activation = n, {"relu": F.relu, "silu": F.silu}[activation]
+        draw = lambda fan_in, *shape: torch.empty(shape).uniform_(-(fan_in**-0.5), fan_in**-0.5)
+        self.weights = nn.ParameterList([draw(i, n, i, o) for i, o in pairwise(sizes)])
+        self.biases = nn.ParameterList([draw(i, n, 1, o) for i, o in pairwise(sizes)])
+        self.register_buffer("mean", torch.zeros(sizes[0]))
+        self.register_buffer("std", torch.ones(sizes[0]))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.expand(self.n, -1, -1)
-        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases)):
-            x = torch.baddbmm(bias, x, weight)  # (N, B, fan_out)
-            if layer < len(self.weights) - 1:
-                if self.layer_norm:
-                    x = F.layer_norm(x, x.shape[-1:]) * self.gains[layer] + self.shifts[layer]
-                x = self.activation(x)
-        return x
-
-    def hidden_matrices(self) -> list[nn.Parameter]:
-        """The hidden-to-hidden weights (N, H, H'), without input layer and output head: what Muon steps."""
-        return list(self.weights[1:-1])
-
-
-class Normalizer(nn.Module):
-    """(s - mean) / std by the dataset's statistics, inside every network: a saved policy can't lose them."""
-
-    def __init__(self, obs_dim: int):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(obs_dim))
-        self.register_buffer("std", torch.ones(obs_dim))
-
-    def forward(self, observations: Tensor) -> Tensor:
-        return (observations - self.mean) / self.std
+        x = ((x - self.mean) / self.std).expand(self.n, -1, -1)
+        for weight, bias in zip(self.weights[:-1], self.biases[:-1]):
+            x = self.activation(torch.baddbmm(bias, x, weight))  # (N, B, H)
+        return torch.baddbmm(self.biases[-1], x, self.weights[-1])
 
 
 def squashed_gaussian_log_prob(u: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """log density of a = tanh(u), u ~ N(mean, std^2), summed over action dimensions; from u, never atanh(a).
+    """log density of a = tanh(u), u ~ N(mean, std^2), from u, never from atanh(a). (B, A) -> (B,).
 
-    log pi(a|s) = sum_k [ log N(u_k; mean_k, std_k) - log(1 - tanh(u_k)^2) ]
-    log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)), which is exact where 1 - tanh(u)^2 underflows.
-    Shapes (B, A) -> (B,).
+    log pi(a|s) = sum_k [ log N(u_k; mean_k, std_k) - log(1 - tanh(u_k)^2) ], and the last term is
+    2 (log 2 - u - softplus(-2u)), exact also where 1 - tanh(u)^2 underflows.
     """
     gaussian = -0.5 * ((u - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
     return (gaussian - 2 * (math.log(2) - u - F.softplus(-2 * u))).sum(-1)
@@ -221,12 +193,11 @@ class Actor(nn.Module):
 
     def __init__(self, obs_dim: int, act_dim: int, hidden_sizes: tuple[int, ...]):
         super().__init__()
-        self.normalize = Normalizer(obs_dim)
         self.net = MLP(1, [obs_dim, *hidden_sizes, 2 * act_dim])
 
     def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
         """mean (B, A) and log std (B, A) of the Gaussian before the tanh."""
-        mean, log_std = self.net(self.normalize(observations)).squeeze(0).chunk(2, dim=-1)
+        mean, log_std = self.net(observations).squeeze(0).chunk(2, dim=-1)
         return mean, LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (torch.tanh(log_std) + 1)
 
     def sample(self, observations: Tensor) -> tuple[Tensor, Tensor]:
@@ -243,27 +214,25 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     """N critics Q_i(s, a) as one stacked ensemble."""
 
-    def __init__(self, n: int, obs_dim: int, act_dim: int, hidden_sizes, activation: str, layer_norm: bool):
+    def __init__(self, n: int, obs_dim: int, act_dim: int, hidden_sizes: tuple[int, ...], activation: str):
         super().__init__()
-        self.normalize = Normalizer(obs_dim)
-        self.net = MLP(n, [obs_dim + act_dim, *hidden_sizes, 1], activation, layer_norm)
+        self.net = MLP(n, [obs_dim + act_dim, *hidden_sizes, 1], activation)
 
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
         """q (N, B) for observations (B, O) and actions (B, A), or (N, B, A): one action for each critic."""
-        observations = self.normalize(observations).expand(*actions.shape[:-1], -1)
+        observations = observations.expand(*actions.shape[:-1], -1)
         return self.net(torch.cat([observations, actions], dim=-1)).squeeze(-1)
 
 
 class Agent(nn.Module):
     """What is handed from offline to online: actor, critics, target critics and the temperature alpha."""
 
-    def __init__(self, obs_dim, act_dim, hidden_sizes, num_critics=2, activation="relu", layer_norm=False):
+    def __init__(self, obs_dim: int, act_dim: int, hidden_sizes, num_critics=2, critic_activation="relu"):
         super().__init__()
-        critic = (num_critics, obs_dim, act_dim, hidden_sizes, activation, layer_norm)
+        critic = (num_critics, obs_dim, act_dim, hidden_sizes, critic_activation)
         self.actor = Actor(obs_dim, act_dim, hidden_sizes)
-        self.critic, self.target_critic = Critic(*critic), Critic(*critic)
+        self.critic, self.target_critic = Critic(*critic), Critic(*critic).requires_grad_(False)
         self.target_critic.load_state_dict(self.critic.state_dict())
-        self.target_critic.requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.zeros(()))
         self.target_entropy = -float(act_dim)
 
@@ -272,9 +241,9 @@ class Agent(nn.Module):
 
 
 def td_target(rewards, terminations, next_q, next_log_prob, alpha, gamma: float) -> Tensor:
-    """y = r + gamma (1 - terminal) (min_j Qbar_j(s', a') - alpha log pi(a'|s')).
+    """y = r + gamma (1 - terminal) (min_j Qbar_j(s', a') - alpha log pi(a'|s')). A truncation bootstraps.
 
-    rewards, terminations, next_log_prob (B,), next_q (N, B) -> (B,). A truncation is not a termination.
+    next_q (N, B), all others (B,) -> (B,).
     """
     return rewards + gamma * (1 - terminations) * (next_q.amin(dim=0) - alpha * next_log_prob)
 
@@ -285,10 +254,7 @@ def td_loss(q: Tensor, y: Tensor) -> Tensor:
 
 
 def actor_loss(q: Tensor, log_prob: Tensor, alpha: Tensor) -> Tensor:
-    """L_pi = E[alpha log pi(a|s) - Q(s, a)], Q the minimum of two critics, the mean of more.
-
-    q (N, B), log_prob (B,).
-    """
+    """L_pi = E[alpha log pi(a|s) - Q(s, a)], Q the minimum of 2 critics, the mean of more; q (N, B)."""
     return (alpha * log_prob - (q.mean(dim=0) if len(q) > 2 else q.amin(dim=0))).mean()
 
 
@@ -314,7 +280,7 @@ def critic_gradients(agent: Agent, batch: dict[str, Tensor], gamma: float) -> di
     q = agent.critic(batch["observations"], batch["actions"])
     loss = td_loss(q, bellman_target(agent, batch, gamma))
     loss.backward(inputs=list(agent.critic.parameters()))
-    return {"losses/critic": loss.detach(), "values/q": q.detach().mean()}
+    return {"critic_loss": loss.detach(), "q": q.detach().mean()}
 
 
 def actor_gradients(agent: Agent, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -324,8 +290,8 @@ def actor_gradients(agent: Agent, batch: dict[str, Tensor]) -> dict[str, Tensor]
     loss_pi = actor_loss(agent.critic(batch["observations"], actions), log_prob, alpha.detach())
     loss_alpha = temperature_loss(agent.log_alpha, log_prob, agent.target_entropy)
     (loss_pi + loss_alpha).backward(inputs=[*agent.actor.parameters(), agent.log_alpha])
-    return {"losses/actor": loss_pi.detach(), "losses/temperature": loss_alpha.detach(),
-            "values/alpha": alpha.detach(), "values/entropy": -log_prob.detach().mean()}  # fmt: skip
+    return {"actor_loss": loss_pi.detach(), "temperature_loss": loss_alpha.detach(),
+            "alpha": alpha.detach(), "entropy": -log_prob.detach().mean()}  # fmt: skip
 
 
 def apply_gradients(agent: Agent, optimizers: list[torch.optim.Optimizer], tau: float) -> None:
@@ -344,16 +310,14 @@ def apply_gradients(agent: Agent, optimizers: list[torch.optim.Optimizer], tau: 
 def evaluate(actor: Actor, envs: list[gym.Env], device: torch.device | str) -> np.ndarray:
     """Undiscounted returns (E,) of the deterministic policy, one episode in each of E environments.
 
-    Episode i always starts from seed 1000 + i, in every script, so that comparisons are paired. The episodes
-    run side by side: one forward pass acts for all that are still going.
+    Episode i starts from seed 1000 + i in every script: comparisons are paired. All episodes that are still
+    going share one forward pass.
     """
     observations = [env.reset(seed=1000 + i)[0] for i, env in enumerate(envs)]
     returns, active = np.zeros(len(envs)), list(range(len(envs)))
     while active:
-        batch = torch.as_tensor(
-            np.stack([observations[i] for i in active]), dtype=torch.float32, device=device
-        )
-        actions = actor.mode(batch).cpu().numpy()
+        batch = np.stack([observations[i] for i in active])
+        actions = actor.mode(torch.as_tensor(batch, dtype=torch.float32, device=device)).cpu().numpy()
         if not np.isfinite(actions).all():
             fail("the policy's actions are not finite: training diverged; lower the learning rates")
         for i, action in zip(tuple(active), actions):
@@ -391,6 +355,7 @@ def compress(path: Path) -> None:
                 if column.nbytes < 2048:  # inside the object header: a chunk would cost more than the data
                     layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
                     layout.set_layout(h5py.h5d.COMPACT)
+                    layout.set_obj_track_times(False)
                     kind = h5py.h5t.py_create(column.dtype, logical=True)
                     space = h5py.h5s.create_simple(column.shape)
                     compact = h5py.h5d.create(group.id, key.encode(), kind, space, layout)
@@ -492,21 +457,23 @@ def describe(episodes: list[dict]) -> dict[str, float]:
 
 def record(args: RecordArgs) -> None:
     """Train SAC on a Gymnasium environment and record its replay as a Minari dataset."""
+    import minari
+    from minari.data_collector import EpisodeBuffer
+
     table = REFERENCE_SCORES.get(args.env_id, (None, None))
     references = tuple(t if g is None else g for g, t in zip((args.ref_min_score, args.ref_max_score), table))
     target = args.out / args.dataset_id
     if None in references:
         fail(f"no reference scores are known for {args.env_id}: give --ref-min-score and --ref-max-score")
-    if not re.fullmatch(r"([-\w]+/)*[-\w]+-v\d+", args.dataset_id):
-        fail(f"{args.dataset_id!r} is not a Minari id: it reads namespace/name-v0")
+    try:
+        minari.dataset.minari_dataset.parse_dataset_id(args.dataset_id)
+    except ValueError as error:
+        fail(str(error))
     if target.exists():
         fail(f"{target} exists already: remove it or choose another --dataset-id")
     env = make_env(args.env_id)
     started = code_version()  # of the code that runs, whatever happens to the file meanwhile
     episodes, final_scores = collect(args, references)
-
-    import minari
-    from minari.data_collector import EpisodeBuffer
 
     statistics = describe(episodes)
     args.out.mkdir(parents=True, exist_ok=True)
