@@ -2,7 +2,8 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "torch==2.13.0", "numpy==2.4.6", "gymnasium[mujoco]==1.4.0", "mujoco==3.11.0", "minari[hdf5,hf]==0.5.4",
-#     "pillow==13.0.0", "tyro==1.0.17", "tqdm==4.70.1", "tensorboard==2.21.0", "matplotlib==3.11.2",
+#     "h5py==3.16.0", "pillow==13.0.0", "tyro==1.0.17", "tqdm==4.70.1", "tensorboard==2.21.0",
+#     "matplotlib==3.11.2",
 # ]
 # ///
 """SMAC, Score-Matched Actor-Critic: offline pre-training that online SAC takes over without collapse.
@@ -234,12 +235,13 @@ class Dataset(NamedTuple):
 
 def find_dataset(dataset_id: str, download: bool) -> Path:
     """Folder of a dataset: $MINARI_DATASETS_PATH, datasets/ beside this script, Minari's home, network."""
-    home = Path.home() / ".minari" / "datasets"
-    first = Path(os.environ.get("MINARI_DATASETS_PATH", home))
-    found = {}
-    for root in (home, Path(__file__).resolve().parent / "datasets", first):
-        folders = [path.parents[1] for path in root.glob("**/data/metadata.json")]
-        found |= {str(folder.relative_to(root)): folder for folder in folders}
+    home, found = Path.home() / ".minari" / "datasets", {}
+    own = Path(os.environ.get("MINARI_DATASETS_PATH", home))
+    for root in (home, Path(__file__).resolve().parent / "datasets", own):
+        found |= {
+            str(path.relative_to(root).parents[1]): path.parents[1]
+            for path in root.rglob("data/metadata.json")
+        }
     if dataset_id not in found and download:
         try:
             socket.getaddrinfo("huggingface.co", 443)  # without a network Minari would retry for 24 seconds
@@ -250,36 +252,38 @@ def find_dataset(dataset_id: str, download: bool) -> Path:
             fail(f"{dataset_id} could not be downloaded ({error}): check the id and the network")
     elif dataset_id not in found:
         near = ", ".join(difflib.get_close_matches(dataset_id, [*TASKS, *found], n=3, cutoff=0.0))
-        fail(f"there is no task or dataset {dataset_id!r} on this machine, the nearest names are: {near}."
-             " Bundled recordings come with a clone of the repository, others with --download")  # fmt: skip
-    return found.get(dataset_id, first / dataset_id)
+        fail(f"there is no task or dataset {dataset_id!r} on this machine, the nearest names are: {near}. "
+             "Bundled recordings come with a clone of the repository, others with --download")  # fmt: skip
+    return found.get(dataset_id, own / dataset_id)
 
 
 def read_episodes(folder: Path) -> dict[str, np.ndarray]:
     """All transitions of a Minari dataset, and `ends`. ValueError where it is damaged."""
     import minari
 
-    dataset, ends = minari.MinariDataset(folder / "data"), [0]
+    dataset = minari.MinariDataset(folder / "data")
     low, high = dataset.action_space.low, dataset.action_space.high
-    unit = (low == -1).all() and (high == 1).all()
-    columns = {name: [] for name in transition_widths(0, 0)}
-    for episode in dataset.iterate_episodes():
-        actions = episode.actions if unit else 2 * (episode.actions - low) / (high - low) - 1
-        # observations holds T + 1 rows: the successor of a truncated step is real
-        now, then = episode.observations[:-1], episode.observations[1:]
-        row = (now, actions, episode.rewards, then, episode.terminations)
-        if len(actions) == 0 or {len(part) for part in row} != {len(actions)}:
-            raise ValueError(f"episode {episode.id} has columns of lengths {[len(part) for part in row]}")
-        for column, part in zip(columns.values(), row):
-            column.append(np.asarray(part, np.float32))
-        ends.append(ends[-1] + len(actions))
-    if len(ends) == 1:
+    episodes = list(dataset.iterate_episodes())
+    if not episodes:
         raise ValueError("it holds no episode")
-    columns = {name: np.concatenate(column) for name, column in columns.items()}
+    for e in episodes:
+        lengths = [len(x) for x in (e.observations, e.actions, e.rewards, e.terminations)]
+        if lengths[1] == 0 or lengths != [lengths[1] + 1, *lengths[1:2] * 3]:
+            raise ValueError(f"episode {e.id}: {lengths} observations, actions, rewards, terminations")
+    parts = dict(
+        observations=[e.observations[:-1] for e in episodes],  # T + 1 rows: the last successor is real
+        actions=[
+            e.actions if (high == 1).all() else 2 * (e.actions - low) / (high - low) - 1 for e in episodes
+        ],
+        rewards=[e.rewards for e in episodes],
+        next_observations=[e.observations[1:] for e in episodes],
+        terminations=[e.terminations for e in episodes],  # a truncation is none
+    )
+    columns = {name: np.concatenate(part).astype(np.float32) for name, part in parts.items()}
     for name, column in columns.items():
         if not np.isfinite(column).all():
             raise ValueError(f"{name} hold NaN or infinite values")
-    return columns | {"ends": np.array(ends[1:])}
+    return columns | {"ends": np.cumsum([len(e.actions) for e in episodes])}
 
 
 def load_dataset(dataset_id: str, download: bool = False) -> Dataset:
@@ -289,16 +293,16 @@ def load_dataset(dataset_id: str, download: bool = False) -> Dataset:
         metadata, checksum = json.loads((folder / "data/metadata.json").read_text()), dataset_checksum(folder)
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "smac" / f"{checksum}.npz"
         columns = dict(np.load(cache)) if cache.exists() else read_episodes(folder)
+        scores = metadata["ref_min_score"], metadata["ref_max_score"]
+        assert None not in scores, "it names no reference scores"
     except Exception as error:  # h5py, Minari and zip files raise many kinds
         fail(f"dataset {folder} can't be read ({type(error).__name__}: {error}): restore or record it again")
     try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
         if not cache.exists():
-            cache.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(cache, lambda path: np.savez(path.open("wb"), **columns))
     except OSError as error:
         print(f"note: no cache written ({error}); the next start loads as slowly as this one")
-    if None in (metadata.get("ref_min_score"), metadata.get("ref_max_score")):
-        fail(f"{folder}/data/metadata.json lacks ref_min_score or ref_max_score: scores need them")
     return Dataset(columns, columns.pop("ends"), metadata, checksum)
 
 
@@ -649,6 +653,7 @@ def smac_critic_gradients(agent: Agent, score_scale: MLP, score_net: ScoreNet, b
 FORMAT = 1  # of a checkpoint
 PHASES = ("score", "offline", "online")
 LOG_EVERY = 500  # updates between TensorBoard scalars
+PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "minari")  # their versions go into checkpoints
 
 
 @torch.no_grad()
@@ -677,10 +682,10 @@ def load_checkpoint(path: Path) -> dict:
     """The content of a checkpoint; one sentence and exit if it is missing, damaged or of another format."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        found = state["format"]
     except Exception as error:  # torch raises many kinds on damaged files
         fail(f"{path} is not a readable checkpoint ({type(error).__name__}): take another one")
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+    if found != FORMAT:
         fail(f"{path} is a checkpoint of format {found}; this script reads format {FORMAT}")
     return state
 
@@ -695,7 +700,7 @@ class Run:
         self.spec, self.device, self.state, self.rows = spec, device, state, state.get("rows", [])
         self.envs = [make_env(env_spec) for _ in range(args.eval_episodes)]
         self.saved_at, self.began = time.monotonic(), time.monotonic() - state.get("seconds", 0.0)
-        self.metrics, self.rates, self.updates, self.stopping = {}, {}, 0, False
+        self.metrics, self.rates, self.updates, self.evaluating, self.stopping = {}, {}, 0, 0.0, False
         self.boundary, self.extras = True, {}  # online: between two episodes? where in which episode?
         self.online, self.stored, self.crc = None, 0, 0  # replay; rows and checksum of online_buffer.bin
         self.writer = SummaryWriter(directory)
@@ -710,17 +715,17 @@ class Run:
 
     def steps(self, phase: str, total: int, modules: dict, optimizers: list) -> Iterator[int]:
         """Yields 1 to total, or goes on where a run stopped; behind each step logs, evaluates, saves."""
-        self.phase, self.modules, self.optimizers = phase, modules, optimizers
+        self.phase, self.modules, args = phase, modules, self.args
         later = PHASES.index(self.state.get("phase", "score")) - PHASES.index(phase)
         done = 0 if not self.state or later < 0 else total if later else self.state["step"]
         saved = self.state | self.state["extras"] if done else {}
         for key in modules.keys() & saved.keys():
             modules[key].load_state_dict(saved[key])
         if done and not later:
-            for optimizer, state in zip(optimizers, self.state["optimizers"]):
+            for optimizer, state in zip(optimizers, saved["optimizers"]):
                 optimizer.load_state_dict(state)
-            torch.set_rng_state(self.state["random_states"][0])
-            torch.cuda.set_rng_state_all(self.state["random_states"][1:])
+            torch.set_rng_state(saved["random_states"][0])
+            torch.cuda.set_rng_state_all(saved["random_states"][1:])
         style = dict(unit="step", dynamic_ncols=True, disable=None)  # a bar on terminals only
         self.bar = tqdm(range(done + 1, total + 1), phase, initial=done, total=total, **style)
         if done == 0:
@@ -730,14 +735,14 @@ class Run:
             yield step
             if step % LOG_EVERY == 0:
                 self.log(step, self.metrics)
-            handover = phase == "online" and 0 < self.updates <= self.window
-            every = self.args.handover_eval_every if handover else self.args.eval_every
-            if 0 in (step % every, step % self.args.eval_every) or step == total:
+            dense = phase == "online" and 0 < self.updates <= self.window  # right after the handover
+            grid = step % args.eval_every == 0 or (dense and step % args.handover_eval_every == 0)
+            if grid or step == total:
                 self.evaluate(step)
-            if self.args.snapshot_every and step % self.args.snapshot_every == 0 and phase != "score":
+            if args.snapshot_every and step % args.snapshot_every == 0 and phase != "score":
                 self.save(f"snapshots/{phase}_{step:09d}.pt", step, {"actor": modules["agent"].actor}, [])
-            minutes = (time.monotonic() - self.saved_at) / 60
-            if self.stopping or (self.boundary and minutes > self.args.checkpoint_every):
+            late = time.monotonic() - self.saved_at > 60 * args.checkpoint_every
+            if self.stopping or (self.boundary and late):
                 self.save("last.pt", step, modules, optimizers)
                 self.saved_at = time.monotonic()
             if self.stopping:
@@ -786,8 +791,9 @@ class Run:
                     file.write(new)
                 self.stored, self.crc = self.online.size, zlib.crc32(new, self.crc)
                 extras |= {"online_rows": self.stored, "online_crc": self.crc}
-            state = dict(self.spec, format=FORMAT, phase=self.phase, step=step, rows=self.rows)
-            state["extras"] = extras
+            state = self.spec | dict(
+                format=FORMAT, phase=self.phase, step=step, rows=self.rows, extras=extras
+            )
             for key, module in modules.items():  # what only this algorithm knows goes under extras
                 (state if key in ("agent", "actor", "score_net") else extras)[key] = module.state_dict()
             state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
@@ -804,7 +810,7 @@ class Run:
         under way again: every reset is seeded from (seed, episode)."""
         self.online, self.extras = online, {"episode": 0, "start": 0}
         if self.state.get("phase") == "online":
-            self.extras, path = dict(self.state["extras"]), self.directory / "online_buffer.bin"
+            self.extras, path = self.state["extras"], self.directory / "online_buffer.bin"
             self.stored, self.crc = self.extras["online_rows"], self.extras["online_crc"]
             content = path.read_bytes()[: self.stored * online.rows.shape[1] * 4]
             if zlib.crc32(content) != self.crc:
@@ -1061,23 +1067,20 @@ def main() -> None:
     if shapes != [env.observation_space.shape, env.action_space.shape]:
         fail(f"observations and actions have shapes {shapes} in {dataset_id}, others in {env.spec.id}")
 
-    networks = ("hidden_sizes", "num_critics", "critic_activation", "gamma", "env_id")
-    spec = {name: getattr(args, name) for name in networks}
-    spec |= dict(algorithm="smac", dataset_id=dataset_id, dataset_checksum=data.checksum, flattening="none",
-                 obs_dim=shapes[0][0], act_dim=shapes[1][0], log_std_bounds=(LOG_STD_MIN, LOG_STD_MAX),
-                 action_bounds=(-1.0, 1.0), reward_scale=data.reward(1.0) - data.reward(0.0),
-                 reward_bias=data.reward(0.0))  # fmt: skip
+    spec = vars(args) | dict(algorithm="smac", env=env.spec.id, dataset_id=dataset_id, flattening="none",
+                             dataset_checksum=data.checksum, obs_dim=shapes[0][0], act_dim=shapes[1][0],
+                             log_std_bounds=(LOG_STD_MIN, LOG_STD_MAX), action_bounds=(-1.0, 1.0),
+                             reward_bias=data.reward(0.0), reward_scale=data.reward(1.0) - data.reward(0.0),
+                             versions={name: version(name) for name in PACKAGES})  # fmt: skip
     run_name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     directory, state = Path(args.resume or Path("runs") / run_name.replace("/", "-")), {}
     if args.resume:
         newest = directory / "last.pt" if (directory / "last.pt").exists() else directory / "previous.pt"
         state = load_checkpoint(newest)
-        for key, value in spec.items():
-            if state.get(key) != value:
-                fail(f"{newest} was made with {key} {state.get(key)}, not {value}: it can't be resumed here")
+        if state["dataset_checksum"] != data.checksum:
+            fail(f"{newest} was trained on other data than {dataset_id} holds now: restore that recording")
     else:
-        versions = {name: version(name) for name in ("torch", "numpy", "gymnasium", "mujoco", "minari")}
-        config = dict(spec, args=vars(args), versions=versions, device=str(device), command=sys.argv)
+        config = dict(spec, args=vars(args), resolved_device=str(device), command=sys.argv)
         try:
             directory.mkdir(parents=True)
             (directory / "config.json").write_text(json.dumps(config, indent=2))
