@@ -268,13 +268,11 @@ def read_episodes(folder: Path) -> dict[str, np.ndarray]:
         raise ValueError("it holds no episode")
     for e in episodes:
         lengths = [len(x) for x in (e.observations, e.actions, e.rewards, e.terminations)]
-        if lengths[1] == 0 or lengths != [lengths[1] + 1, *lengths[1:2] * 3]:
-            raise ValueError(f"episode {e.id}: {lengths} observations, actions, rewards, terminations")
+        if lengths[1] == 0 or lengths != [lengths[1] + 1] + 3 * [lengths[1]]:
+            raise ValueError(f"episode {e.id} has {lengths} observations, actions, rewards, terminations")
     parts = dict(
         observations=[e.observations[:-1] for e in episodes],  # T + 1 rows: the last successor is real
-        actions=[
-            e.actions if (high == 1).all() else 2 * (e.actions - low) / (high - low) - 1 for e in episodes
-        ],
+        actions=[(e.actions - (high + low) / 2) / ((high - low) / 2) for e in episodes],  # to [-1, 1]
         rewards=[e.rewards for e in episodes],
         next_observations=[e.observations[1:] for e in episodes],
         terminations=[e.terminations for e in episodes],  # a truncation is none
@@ -323,9 +321,9 @@ def returns_to_go(rewards, terminations, ends, gamma: float) -> np.ndarray:
 def make_env(spec: str | gym.envs.registration.EnvSpec, **kwargs) -> gym.Env:
     """The environment, with actions in [-1, 1]."""
     env = gym.make(spec, **kwargs)
-    unit = np.ones(env.action_space.shape, np.float32)
-    inside = (env.action_space.low == -unit).all() and (env.action_space.high == unit).all()
-    return env if inside else gym.wrappers.RescaleAction(env, -unit, unit)
+    one = np.ones(env.action_space.shape, np.float32)
+    unit = (env.action_space.low == -one).all() and (env.action_space.high == one).all()
+    return env if unit else gym.wrappers.RescaleAction(env, -one, one)
 
 
 class ReplayBuffer:
@@ -637,14 +635,14 @@ def smac_critic_gradients(agent: Agent, score_scale: MLP, score_net: ScoreNet, b
     if points is not actions:
         q = agent.critic(observations, actions)
     alpha_psi = F.softplus(score_scale(observations)).squeeze(0)  # (B, 1)
-    limit = 1 - 2 * args.score_sigma if args.mask_bounds else math.inf
-    weight = (points.abs() < limit).float()
+    near_bounds = (points.abs() > 1 - 2 * args.score_sigma).float()
+    weight = 1 - near_bounds if args.mask_bounds else torch.ones_like(points)
     loss_td = td_loss(q, bellman_target(agent, batch, args.gamma))
     loss_sm = score_matching_loss(grad_q, score, alpha_psi, weight)
     (loss_td + args.kappa * loss_sm).backward(inputs=[*agent.critic.parameters(), *score_scale.parameters()])
     cosine = F.cosine_similarity(grad_q.detach(), score, dim=-1)
     metrics = {"critic_loss": loss_td, "score_matching_loss": loss_sm, "q": q.mean(), "cosine": cosine.mean(),
-               "alpha_psi": alpha_psi.mean(), "matched_share": weight.mean()}  # fmt: skip
+               "alpha_psi": alpha_psi.mean(), "near_bounds": near_bounds.mean()}  # fmt: skip
     return {name: value.detach() for name, value in metrics.items()}
 
 
@@ -682,7 +680,7 @@ def load_checkpoint(path: Path) -> dict:
     """The content of a checkpoint; one sentence and exit if it is missing, damaged or of another format."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        found = state["format"]
+        found = state["format"] if isinstance(state, dict) else type(state).__name__
     except Exception as error:  # torch raises many kinds on damaged files
         fail(f"{path} is not a readable checkpoint ({type(error).__name__}): take another one")
     if found != FORMAT:
@@ -750,8 +748,9 @@ class Run:
                 print(f"stopped; go on with: python {Path(__file__).name} --resume {self.directory}")
                 raise SystemExit(130)
         self.rates[phase] = (total - done) / (time.monotonic() - began - self.evaluating)
-        if done < total and phase != "score":
-            self.save("offline.pt" if phase == "offline" else "final.pt", total, modules, optimizers)
+        name = {"offline": "offline.pt", "online": "final.pt"}.get(phase)
+        if name and later <= 0 and not (self.directory / name).exists():
+            self.save(name, total, modules, optimizers)
 
     def evaluate(self, step: int) -> None:
         """Evaluates the policy: a row in metrics.csv, a line on the screen, two scalars in TensorBoard."""
@@ -810,8 +809,9 @@ class Run:
         under way again: every reset is seeded from (seed, episode)."""
         self.online, self.extras = online, {"episode": 0, "start": 0}
         if self.state.get("phase") == "online":
-            self.extras, path = self.state["extras"], self.directory / "online_buffer.bin"
-            self.stored, self.crc = self.extras["online_rows"], self.extras["online_crc"]
+            saved, path = self.state["extras"], self.directory / "online_buffer.bin"
+            self.extras = {key: saved[key] for key in self.extras}
+            self.stored, self.crc = saved["online_rows"], saved["online_crc"]
             content = path.read_bytes()[: self.stored * online.rows.shape[1] * 4]
             if zlib.crc32(content) != self.crc:
                 fail(f"{path} is damaged: its checksum is not the one in last.pt")
@@ -924,7 +924,7 @@ def fit_score_estimator(run: Run) -> ScoreNet:
     episode = np.searchsorted(data.ends, np.arange(data.ends[-1]), side="right")
     buffers = []
     for held_out in (False, True):  # every 20th episode is held out
-        rows = (episode % 20 == min(10, len(data.ends) // 2)) == held_out
+        rows = (episode % 20 == (min(10, len(data.ends) - 1) or -1)) == held_out
         widths = dict(observations=sizes[0], actions=sizes[1], outcomes=0)
         buffers.append(ReplayBuffer(widths, rows.sum(), device))
         buffers[-1].add(*(column[rows] for column in columns))
