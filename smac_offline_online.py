@@ -728,7 +728,7 @@ class Run:
         self.bar = tqdm(range(done + 1, total + 1), phase, initial=done, total=total, **style)
         if done == 0:
             self.evaluate(0)
-        began, self.evaluating = time.monotonic(), 0.0
+        began, self.evaluating, earlier = time.monotonic(), 0.0, self.updates
         for step in self.bar:
             yield step
             if step % LOG_EVERY == 0:
@@ -747,7 +747,8 @@ class Run:
                 self.bar.close()
                 print(f"stopped; go on with: python {Path(__file__).name} --resume {self.directory}")
                 raise SystemExit(130)
-        self.rates[phase] = (total - done) / (time.monotonic() - began - self.evaluating)
+        updates = self.updates - earlier if phase == "online" else total - done
+        self.rates[phase] = updates / (time.monotonic() - began - self.evaluating)
         name = {"offline": "offline.pt", "online": "final.pt"}.get(phase)
         if name and later <= 0 and not (self.directory / name).exists():
             self.save(name, total, modules, optimizers)
@@ -885,7 +886,7 @@ def report(run: Run) -> None:
         lines |= {"offline score": f"{s['offline']:.1f}", "handover drop": f"{s['drop']:.1f} points{share}",
                   "final score": f"{s['final']:.1f}", "smooth": "yes" if s["smooth"] else "no",
                   f"regret over {run.args.online_steps:,} online steps": f"{s['regret']:.3f}"}  # fmt: skip
-    lines |= {f"steps per second, {phase}": f"{rate:,.0f}" for phase, rate in run.rates.items() if rate}
+    lines |= {f"updates per second, {phase}": f"{rate:,.0f}" for phase, rate in run.rates.items() if rate}
     lines |= {"learning curve": run.directory / "learning_curve.png", "all files": run.directory}
     print("\n" + "\n".join(f"{key:<36}  {value}" for key, value in lines.items()))
 

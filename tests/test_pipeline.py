@@ -134,7 +134,7 @@ def whole(smac, tmp_path_factory):
 def test_a_run_ends_with_its_table(whole):
     table = whole.output.rsplit("\n\n", 1)[-1]
     for line in ("mean score of the dataset", "offline score", "handover drop", "final score", "smooth",
-                 "regret over 550 online steps", "steps per second, offline"):  # fmt: skip
+                 "regret over 550 online steps", "updates per second, offline"):  # fmt: skip
         assert re.search(rf"^{line} +\S", table, re.MULTILINE), line
     assert "Traceback" not in whole.output
 
