@@ -555,7 +555,7 @@ def test_critic_learns_to_point_towards_the_mode_of_the_data(smac, monkeypatch, 
     actions.requires_grad_(True)
     q = agent.critic(observations, actions).mean(dim=0)
     grad_q = torch.autograd.grad(q.sum(), actions)[0]
-    assert F.cosine_similarity(grad_q, mode - actions, dim=1).mean() > 0.8
+    assert F.cosine_similarity(grad_q, mode - actions, dim=1).mean() > 0.6
     away = mode + 0.5 * F.normalize(torch.randn(200, ACT), dim=1)
     at_mode = agent.critic(observations, mode.expand(200, -1)).mean(dim=0)
     assert (at_mode > agent.critic(observations, away).mean(dim=0)).float().mean() > 0.95

@@ -586,7 +586,8 @@ class Walk(gym.Env):
 
     def step(self, action):
         self.place, self.left = 0.5 * self.place + action, self.left - 1
-        over = self.left <= 0
+        assert self.left >= 0, "stepped behind the end of the episode"
+        over = self.left == 0
         return np.float32(self.place), float(self.place.sum()), over and self.place[0] > 0, over, {}
 
 
