@@ -799,11 +799,15 @@ class Run:
             state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
             state["random_states"] = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
             state["seconds"] = time.monotonic() - self.began
-            if name == "last.pt" and path.exists():
-                os.replace(path, path.with_name("previous.pt"))
-            write_atomically(path, partial(torch.save, state))
-        except (OSError, RuntimeError) as error:
-            fail(f"{path} can't be written ({error}): free some space, then --resume {self.directory}")
+
+            def write(temporary: Path) -> None:
+                torch.save(state, temporary)
+                if name == "last.pt" and path.exists():  # only now, with the new one complete
+                    os.replace(path, path.with_name("previous.pt"))
+
+            write_atomically(path, write)
+        except RuntimeError as error:  # what torch.save makes of a full disk
+            raise OSError(f"{path} can't be written ({error})") from error
 
     def recall(self, online: ReplayBuffer, env: gym.Env) -> np.ndarray:
         """The observation to start from online. A resumed run gets its transitions back and plays the episode
@@ -1092,13 +1096,16 @@ def main() -> None:
     print(f"{dataset_id}: {data.ends[-1]:,} transitions, {len(data.ends):,} episodes, mean return {mean:.1f}"
           f" (score {data.score(mean):.1f})\nrun directory: {directory}")  # fmt: skip
 
-    run = Run(args, directory, data, env.spec, spec, device, state)
-    score_net = fit_score_estimator(run) if args.kappa > 0 else None
-    agent = train_offline(run, score_net)
-    if args.online_steps > 0:
-        train_online(run, agent, score_net)
-    run.writer.close()
-    report(run)
+    try:
+        run = Run(args, directory, data, env.spec, spec, device, state)
+        score_net = fit_score_estimator(run) if args.kappa > 0 else None
+        agent = train_offline(run, score_net)
+        if args.online_steps > 0:
+            train_online(run, agent, score_net)
+        run.writer.close()
+        report(run)
+    except OSError as error:
+        fail(f"{error}: if the disk is full, free some space, then go on from the last.pt in {directory}")
 
 
 if __name__ == "__main__":

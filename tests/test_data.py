@@ -462,3 +462,12 @@ def test_compression_leaves_the_contents(recorder, monkeypatch, tmp_path):
             assert after[name][1][key].dtype == column.dtype
             np.testing.assert_array_equal(after[name][1][key], column)
     assert [len(e.actions) for e in minari.load_dataset(TINY).iterate_episodes()] == [2_000, 3]
+
+
+def test_compression_keeps_no_time_of_day(recorder, monkeypatch, tmp_path):
+    path = write_dataset(monkeypatch, tmp_path / "d", [episode(2_000)]) / "data/main_data.hdf5"
+    other = shutil.copy(path, tmp_path / "later.hdf5")
+    recorder.compress(path)
+    time.sleep(1.1)  # HDF5 counts seconds
+    recorder.compress(other)
+    assert other.read_bytes() == path.read_bytes()

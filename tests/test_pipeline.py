@@ -415,6 +415,26 @@ def test_a_run_that_diverges_stops_with_one_sentence(inside, tmp_path, flags):
     assert not (run.directory / "offline.pt").exists()
 
 
+@pytest.mark.parametrize("name", ["metrics.csv", "last.pt", "offline.pt", "learning_curve.png"])
+def test_a_full_disk_is_one_sentence_and_loses_nothing(smac, inside, monkeypatch, tmp_path, name):
+    flags = TINY + "--checkpoint-every 0 "  # a last.pt behind every step of the first two phases
+    write, seen = smac.write_atomically, []
+
+    def full(path, writer):
+        seen.append(path.name)
+        if path.name == name and seen.count(name) > (name in ("metrics.csv", "last.pt")):
+            raise OSError(28, "No space left on device", str(path))
+        write(path, writer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(smac, "write_atomically", full)
+        run = inside(flags, tmp_path)
+    assert is_sentence(run.code) and "No space left" in run.code and str(run.directory.name) in run.code
+    assert smac.load_checkpoint(run.directory / "last.pt")["step"] > 0
+    assert not list(run.directory.glob(".*")), "no half-written file stays behind"
+    assert inside(f"--resume {run.directory}", tmp_path).code == 0
+
+
 # === On its own ============================================================================================
 
 
