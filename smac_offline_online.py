@@ -39,6 +39,7 @@ events, metrics.csv (a row per evaluation, every episode's return), offline.pt, 
 
 import difflib
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -236,7 +237,7 @@ class Dataset(NamedTuple):
 def find_dataset(dataset_id: str, download: bool) -> Path:
     """Folder of a dataset: $MINARI_DATASETS_PATH, datasets/ beside this script, Minari's home, network."""
     home, found = Path.home() / ".minari" / "datasets", {}
-    own = Path(os.environ.get("MINARI_DATASETS_PATH", home))
+    own = Path(os.environ.get("MINARI_DATASETS_PATH") or home)
     for root in (home, Path(__file__).resolve().parent / "datasets", own):
         found |= {
             str(path.relative_to(root).parents[1]): path.parents[1]
@@ -289,7 +290,9 @@ def load_dataset(dataset_id: str, download: bool = False) -> Dataset:
     folder = find_dataset(dataset_id, download)
     try:
         metadata, checksum = json.loads((folder / "data/metadata.json").read_text()), dataset_checksum(folder)
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "smac" / f"{checksum}.npz"
+        reader = zlib.crc32(inspect.getsource(read_episodes).encode())  # another reader, another file
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "smac"
+        cache /= f"{checksum}-{reader:08x}.npz"
         columns = dict(np.load(cache)) if cache.exists() else read_episodes(folder)
         scores = metadata["ref_min_score"], metadata["ref_max_score"]
         assert None not in scores, "it names no reference scores"
@@ -1035,18 +1038,22 @@ def train_online(run: Run, agent: Agent, score_net: ScoreNet | None) -> None:
 
 def parse_args() -> Args:
     """Settings: flag given > the resumed run's own > TASK_DEFAULTS > Args."""
-    words = dict(pairwise(" ".join(sys.argv).replace("=", " ").replace("_id", "-id").split()))
-    settings = TASK_DEFAULTS.get(words.get("--env-id", Args.env_id), {})
-    if "--resume" in words:
+    words = [part for word in sys.argv for part in (word.split("=", 1) if word[:2] == "--" else [word])]
+    given = dict(pairwise(words))
+    settings = TASK_DEFAULTS.get(given.get("--env-id", given.get("--env_id", Args.env_id)), {})
+    if "--resume" in given:
         try:
-            settings = json.loads((Path(words["--resume"]) / "config.json").read_text())["args"]
+            settings = json.loads((Path(given["--resume"]) / "config.json").read_text())["args"]
         except (OSError, ValueError, KeyError) as error:
-            fail(f"{words['--resume']} is not a run directory that can be resumed ({error})")
+            fail(f"{given['--resume']} is not a run directory that can be resumed ({error})")
     default = Args(**{key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()})
     args = tyro.cli(Args, description=__doc__, default=default)
     changed = {key for key, value in vars(args).items() if value != vars(default)[key]}
     if args.resume and changed - {"resume", "device", "checkpoint_every"}:
         fail(f"--resume takes the run's own settings: leave out {', '.join(sorted(changed - {'resume'}))}")
+    for name in "batch_size num_critics utd_ratio eval_every handover_eval_every eval_episodes".split():
+        if getattr(args, name) < 1:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} is out of range: it has to be at least 1")
     return args
 
 
@@ -1080,7 +1087,10 @@ def main() -> None:
     run_name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     directory, state = Path(args.resume or Path("runs") / run_name.replace("/", "-")), {}
     if args.resume:
-        newest = directory / "last.pt" if (directory / "last.pt").exists() else directory / "previous.pt"
+        names = [name for name in ("last.pt", "previous.pt", "offline.pt") if (directory / name).exists()]
+        if not names:
+            fail(f"{directory} holds no checkpoint yet: start that run again")
+        newest = directory / names[0]
         state = load_checkpoint(newest)
         if state["dataset_checksum"] != data.checksum:
             fail(f"{newest} was trained on other data than {dataset_id} holds now: restore that recording")
@@ -1109,4 +1119,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

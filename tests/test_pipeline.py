@@ -333,7 +333,7 @@ def foreign(path):
     path.write_bytes(pickle.dumps({"format": 1, "path": Path("/")}))
 
 
-@pytest.mark.parametrize("damage", [cut_off, other_format, no_format, no_dict, foreign, Path.unlink])
+@pytest.mark.parametrize("damage", [cut_off, other_format, no_format, no_dict, foreign])
 def test_a_checkpoint_that_cannot_be_read_is_one_sentence(copied, inside, tmp_path, damage):
     (copied / "previous.pt").unlink(missing_ok=True)
     damage(copied / "last.pt")
@@ -346,6 +346,18 @@ def test_without_last_pt_the_previous_one_is_taken(copied, inside, tmp_path, who
     run = inside(f"--resume {copied}", tmp_path)
     assert run.code == 0
     assert_same_run(run, whole)
+
+
+def test_without_either_it_goes_on_from_offline_pt_and_without_that_says_so(copied, inside, tmp_path, whole):
+    for name in ("last.pt", "previous.pt", "final.pt"):
+        (copied / name).unlink(missing_ok=True)
+    run = inside(f"--resume {copied}", tmp_path)
+    assert run.code == 0
+    assert_same_run(run, whole)
+    for checkpoint in copied.glob("*.pt"):
+        checkpoint.unlink()
+    code = inside(f"--resume {copied}", tmp_path).code
+    assert is_sentence(code) and "holds no checkpoint" in code
 
 
 def test_a_damaged_online_buffer_is_one_sentence(copied, inside, tmp_path):
@@ -433,6 +445,18 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(smac, inside, monkeypatch
     assert smac.load_checkpoint(run.directory / "last.pt")["step"] > 0
     assert not list(run.directory.glob(".*")), "no half-written file stays behind"
     assert inside(f"--resume {run.directory}", tmp_path).code == 0
+
+
+@pytest.mark.parametrize("flag", ["--eval-every 0", "--batch-size 0", "--eval-episodes -1"])
+def test_a_count_below_one_is_one_sentence(inside, tmp_path, flag):
+    run = inside(TINY + flag, tmp_path)
+    assert is_sentence(run.code) and flag.split()[0] in run.code and not (tmp_path / "runs").exists()
+
+
+def test_a_run_folder_of_any_name_can_be_resumed(inside, tmp_path):
+    run = inside(TINY + "--checkpoint-every 0", tmp_path)
+    renamed = run.directory.rename(tmp_path / "runs" / "an_id")
+    assert inside(f"--resume={renamed}", tmp_path).code == 0
 
 
 # === On its own ============================================================================================
