@@ -369,8 +369,8 @@ def compress(path: Path) -> None:
 # === The phases ============================================================================================
 
 
-def make_env(env_id: str) -> gym.Env:
-    """The environment with actions in [-1, 1]."""
+def recordable_env(env_id: str) -> gym.Env:
+    """The environment with actions in [-1, 1]; one sentence and exit where it can't be recorded."""
     try:
         env = gym.make(env_id)
     except gym.error.Error as error:
@@ -388,7 +388,10 @@ def make_env(env_id: str) -> gym.Env:
 
 def collect(args: RecordArgs, references: tuple[float, float]) -> tuple[list[dict], list[float]]:
     """Train SAC; return its episodes (arrays by name, T + 1 observations) and the last evaluation."""
-    env, eval_envs = make_env(args.env_id), [make_env(args.env_id) for _ in range(args.eval_episodes)]
+    env, eval_envs = (
+        recordable_env(args.env_id),
+        [recordable_env(args.env_id) for _ in range(args.eval_episodes)],
+    )
     obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
     torch.manual_seed(stream_seed(args.seed, "record"))
     env.action_space.seed(stream_seed(args.seed, "record-actions"))
@@ -471,7 +474,7 @@ def record(args: RecordArgs) -> None:
         fail(str(error))
     if target.exists():
         fail(f"{target} exists already: remove it or choose another --dataset-id")
-    env = make_env(args.env_id)
+    env = recordable_env(args.env_id)
     started = code_version()  # of the code that runs, whatever happens to the file meanwhile
     episodes, final_scores = collect(args, references)
 
