@@ -18,7 +18,7 @@ return-conditioned action distribution p(a|s,w), estimated by a diffusion model,
 
 Muon steps the hidden weight matrices, Adam the rest. Online it is plain SAC on the same networks.
 
-First run, data included, no network needed (hopper takes 5 to 8 minutes on one core, pendulum 1.5)
+First run, data included, no network needed (hopper takes 5 minutes on one idle core, pendulum 1.5)
     python smac_offline_online.py --env-id hopper-medium-replay
     python smac_offline_online.py --env-id pendulum-medium-replay
 GPU scale
