@@ -129,6 +129,7 @@ class ReplayBuffer:
     def __init__(self, widths: dict[str, int], capacity: int, device: torch.device | str = "cpu"):
         self.widths, self.size = widths, 0
         self.rows = torch.zeros(capacity, sum(max(width, 1) for width in widths.values()), device=device)
+        self.filled = torch.zeros((), dtype=torch.float64, device=device)  # `size`, for CUDA graphs
 
     def add(self, *columns) -> None:
         """Append a transition, or T of them as arrays (T, ...), columns in the order of `widths`."""
@@ -138,10 +139,14 @@ class ReplayBuffer:
             raise IndexError(f"the buffer holds {len(self.rows)} transitions and is full")
         self.rows[self.size : self.size + len(rows)] = rows
         self.size += len(rows)
+        self.filled.fill_(self.size)
 
     def sample_rows(self, count: int) -> Tensor:
         """`count` rows drawn uniformly with replacement, (count, columns)."""
-        return self.rows[torch.randint(self.size, (count,), device=self.rows.device)]
+        if self.filled.is_cuda:  # no Python number: a captured update has to see the buffer grow
+            uniform = torch.rand(count, dtype=torch.float64, device="cuda")
+            return self.rows[(uniform * self.filled).long()]
+        return self.rows[torch.randint(self.size, (count,))]
 
     def split(self, rows: Tensor) -> dict[str, Tensor]:
         """Rows (B, columns) as named tensors: (B, width), or (B,) for a scalar."""
@@ -164,7 +169,7 @@ class MLP(nn.Module):
 
     def __init__(self, n: int, sizes: list[int], activation: str = "relu"):
         super().__init__()
-        self.n, self.activation = n, {"relu": F.relu, "silu": F.silu}[activation]
+        self.n, self.activation = n, {"relu": torch.relu_, "silu": F.silu}[activation]
         draw = lambda fan_in, *shape: torch.empty(shape).uniform_(-(fan_in**-0.5), fan_in**-0.5)
         self.weights = nn.ParameterList([draw(i, n, i, o) for i, o in pairwise(sizes)])
         self.biases = nn.ParameterList([draw(i, n, 1, o) for i, o in pairwise(sizes)])
@@ -175,6 +180,8 @@ class MLP(nn.Module):
         x = ((x - self.mean) / self.std).expand(self.n, -1, -1)
         for weight, bias in zip(self.weights[:-1], self.biases[:-1]):
             x = self.activation(torch.baddbmm(bias, x, weight))  # (N, B, H)
+        if self.weights[-1].shape[-1] == 1:  # a scalar is a dot product, for which a matrix product is slow
+            return (x * self.weights[-1].mT).sum(-1, keepdim=True) + self.biases[-1]
         return torch.baddbmm(self.biases[-1], x, self.weights[-1])
 
 

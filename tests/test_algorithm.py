@@ -1,5 +1,6 @@
 """The equations: every loss, gradient, network and optimiser step against numbers known from elsewhere."""
 
+import contextlib
 import math
 from itertools import pairwise
 
@@ -448,6 +449,143 @@ def test_smac_critic_gradients_are_those_of_the_loss_plainly_written(smac, num_c
     for grad, other in zip(found, expected, strict=True):
         close(grad, other, rtol=1e-6, atol=1e-8)
     assert all(p.grad is None for p in [*agent.actor.parameters(), agent.log_alpha])
+
+
+@pytest.mark.parametrize("activation, f", [("relu", torch.relu), ("silu", F.silu)])
+@pytest.mark.parametrize("hidden_sizes", [(5,), (5, 7), (4, 5, 6)])
+@pytest.mark.parametrize("num_critics", [1, 2, 4])
+def test_the_chain_rule_equals_autograd_through_its_backward_pass(
+    smac, num_critics, hidden_sizes, activation, f
+):
+    critic = smac.Critic(num_critics, OBS, ACT, hidden_sizes, activation).double()
+    critic.net.mean[:OBS], critic.net.std[:] = 0.7, torch.linspace(0.5, 2.0, OBS + ACT)
+    s, a = torch.randn(9, OBS).double(), torch.randn(9, ACT).double()
+    found = smac.q_and_action_gradient(critic, s, a)
+
+    points = a.clone().requires_grad_(True)
+    x = ((torch.cat([s, points], -1) - critic.net.mean) / critic.net.std).expand(num_critics, -1, -1)
+    for weight, bias in zip(critic.net.weights[:-1], critic.net.biases[:-1]):
+        x = f(x @ weight + bias)
+    q = (x @ critic.net.weights[-1] + critic.net.biases[-1]).squeeze(-1)
+    gradients = [torch.autograd.grad(q_i.sum(), points, create_graph=True)[0] for q_i in q]
+    for value, plain in zip(found, (q, torch.stack(gradients)), strict=True):
+        close(value, plain, rtol=1e-10, atol=1e-12)
+    # and so do the derivatives of a loss of both, by every parameter
+    losses = [(q**2).mean() + (g**3).sum() for q, g in (found, (q, torch.stack(gradients)))]
+    ours, plain = (torch.autograd.grad(x, list(critic.parameters()), allow_unused=True) for x in losses)
+    for g, h in zip(ours, plain, strict=True):
+        close(g, h, rtol=1e-9, atol=1e-11)
+
+
+# === Captured updates ======================================================================================
+
+
+class FakeGraph:
+    """A stand-in for torch.cuda.CUDAGraph: what runs inside `with torch.cuda.graph` is kept for replay."""
+
+    replays = 0
+
+    def replay(self):
+        FakeGraph.replays += 1
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    @contextlib.contextmanager
+    def graph(cuda_graph, stream):
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(FakeGraph, "replays", 0)
+
+
+def test_an_update_is_called_three_times_captured_once_and_then_replayed(smac, fake_cuda):
+    calls = []
+    update = smac.captured(lambda: calls.append(len(calls)) or len(calls), [], True)
+    assert [update() for _ in range(3)] == [1, 2, 3] and FakeGraph.replays == 0
+    assert [update() for _ in range(5)] == [4] * 5  # the captured call's result stays in place
+    assert (
+        len(calls) == 4 and FakeGraph.replays == 5
+    )  # the capture itself runs nothing: the fourth is replayed too
+
+
+def test_without_graphs_every_update_is_called(smac, fake_cuda):
+    calls = []
+    update = smac.captured(lambda: calls.append(0), [], False)
+    for _ in range(6):
+        update()
+    assert len(calls) == 6 and FakeGraph.replays == 0
+
+
+def test_where_no_graph_can_be_captured_updates_go_on_by_themselves(smac, fake_cuda, capsys):
+    parameter = nn.Parameter(torch.zeros(()))
+    sgd, calls = torch.optim.SGD([parameter], lr=1.0), []
+
+    def update():
+        calls.append(0)
+        parameter.backward() if parameter.grad is None else parameter.grad.add_(torch.nan)
+        if len(calls) == 4:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        sgd.step()
+        sgd.zero_grad()
+
+    call = smac.captured(update, [sgd], True)
+    for _ in range(6):
+        call()
+    assert len(calls) == 7 and parameter.item() == -6  # the failed capture left nothing behind
+    assert capsys.readouterr().out.count("note: no CUDA graph") == 1
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_a_replay_buffer_on_a_gpu_draws_every_filled_row_alike(smac, monkeypatch, size):
+    buffer = smac.ReplayBuffer({"rewards": 0}, 1000)
+    buffer.add(torch.arange(float(size)))
+    uniform = torch.rand
+    monkeypatch.setattr(torch, "rand", lambda *shape, dtype, device: uniform(*shape, dtype=dtype))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)  # take the GPU's branch
+    drawn = buffer.sample_rows(300 * size).squeeze(1).long()
+    counts = torch.bincount(drawn, minlength=size)
+    assert len(counts) == size and counts.min() > 200 and counts.max() < 400
+    monkeypatch.setattr(
+        torch, "rand", lambda *shape, dtype, device: torch.full(shape, 1 - 2**-53, dtype=dtype)
+    )
+    assert (buffer.sample_rows(5) == size - 1).all()  # the largest number below 1 is still a row
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("optimizer", ["muon", "adam"])
+def test_a_captured_update_gives_the_numbers_of_the_plain_one_on_a_gpu(smac, optimizer):
+    device, args = "cuda", smac.Args(batch_size=64)
+
+    def train(enabled):
+        torch.manual_seed(0)
+        agent = smac.Agent(OBS, ACT, (32, 32), 2, "silu").to(device)
+        score_scale = smac.MLP(1, [OBS, 64, 1], "silu").to(device)
+        widths = smac.transition_widths(OBS, ACT) | dict(outcomes=0, scores=ACT)
+        buffer = smac.ReplayBuffer(widths, 500, device)
+        columns = [torch.randn(500, w) if w else torch.rand(500) for w in widths.values()]
+        buffer.add(*(c.tanh() if n == "actions" else c for n, c in zip(widths, columns)))
+        optimizers = smac.make_optimizers(agent, optimizer, args, score_scale.parameters())
+
+        def update():
+            batch = buffer.split(buffer.sample_rows(64))
+            metrics = smac.smac_critic_gradients(agent, score_scale, None, batch, args)
+            metrics |= smac.actor_gradients(agent, batch)
+            smac.apply_gradients(agent, optimizers, 0.005)
+            return metrics
+
+        call = smac.captured(update, optimizers, enabled)
+        for _ in range(20):
+            metrics = call()
+        return [p.detach().cpu() for p in agent.parameters()], float(metrics["critic_loss"])
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        (plain, loss), (fast, fast_loss) = train(False), train(True)
+    for p, q in zip(plain, fast, strict=True):
+        close(p, q, rtol=1e-3, atol=1e-4)
+    assert fast_loss == pytest.approx(loss, rel=1e-3)
 
 
 # === The score estimator ===================================================================================

@@ -1,0 +1,477 @@
+"""Measures how fast the scripts of the shelf are, and what share of that is matrix products.
+
+    python benchmark.py speed                                    this machine; half an hour on two cores
+    python benchmark.py speed --cleanrl FOLDER                   also CleanRL's own SAC update, from a clone
+    python benchmark.py speed --device cuda --together 1 2 4 8   eager, CUDA graphs, runs that share a GPU
+    python benchmark.py table results/speed                      the tables again, nothing measured
+
+Every measurement is a fresh process that runs a script's own main() on its own data and times its loops as
+they are: sampling, logging and, online, the environment included; evaluations are not. Cases take turns, so
+that a machine whose speed drifts is fair to all, and medians over the turns are reported.
+
+The bound: all matrix products of one step are recorded with their shapes, and each is timed alone in the same
+process. A step that did nothing else would take their sum; the share says how near the script comes.
+
+Writes OUT/speed.csv (one row per case, turn and phase, with hardware and versions), which `table` reads.
+"""
+
+import ast
+import contextlib
+import csv
+import importlib.util
+import io
+import json
+import math
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Annotated, Literal, Union
+
+import numpy as np
+import torch
+import tyro
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ROOT = Path(__file__).resolve().parent
+
+# === Arguments =============================================================================================
+
+
+@dataclass
+class Speed:
+    """Measure; write OUT/speed.csv; print the tables."""
+
+    scripts: tuple[str, ...] = ("smac_offline_online.py",)
+    """scripts to measure, all their phases"""
+    env_id: str = "hopper-medium-replay"
+    """task, as the scripts take it"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """on a GPU the cases are eager and CUDA graphs, on a CPU 1 and 2 threads"""
+    repeats: int = 5
+    """turns; the median is reported"""
+    seconds: float = 4.0
+    """time measured in each phase of a turn"""
+    sizes: tuple[tuple[int, int], ...] = ((256, 256), (128, 128))
+    """width of the two hidden layers and batch, pair after pair"""
+    growth: bool = True
+    """also other widths, other batches and ten times the data"""
+    together: tuple[int, ...] = (1, 2)
+    """runs side by side on this machine (on one GPU: 1 2 4 8)"""
+    cleanrl: str | None = None
+    """folder with a clone of CleanRL, whose SAC update is then timed beside ours on one core"""
+    out: str = "results/speed"
+    """folder of speed.csv"""
+
+
+@dataclass
+class Table:
+    """Print the tables from OUT/speed.csv."""
+
+    out: tyro.conf.Positional[str] = "results/speed"
+    """folder of speed.csv"""
+
+
+@dataclass
+class Probe:
+    """One measurement in this process, printed as JSON (what `speed` starts)."""
+
+    case: tyro.conf.Positional[str]
+    """the case as JSON"""
+
+
+# === One measurement =======================================================================================
+
+
+class Products(TorchDispatchMode):
+    """Counts the matrix products that run inside, by name, shapes and strides."""
+
+    names = ("mm", "addmm", "bmm", "baddbmm")
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.removeprefix("aten::")
+        if name in self.names:
+            key = tuple((tuple(x.shape), x.stride()) for x in args if isinstance(x, torch.Tensor))
+            self.counts[name, key] += 1
+        return function(*args, **kwargs or {})
+
+    def flop(self) -> int:
+        """Floating-point operations: 2 rows inner columns for each product; what is added is not counted."""
+        total = 0
+        for (_, key), count in self.counts.items():
+            (*batch, rows, inner), (*_, columns) = key[-2][0], key[-1][0]
+            total += 2 * int(np.prod(batch)) * rows * inner * columns * count
+        return total
+
+
+def load_script(path: str | Path) -> ModuleType:
+    """A script of the shelf as a module."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def product_timer(counts: Counter, device: str) -> Callable[[], float]:
+    """A function that runs all these products alone and gives the seconds one step's worth takes."""
+    blocks = []
+    for (name, key), count in counts.items():
+        operands = []
+        for shape, stride in key:
+            expanded = any(step == 0 and size > 1 for size, step in zip(shape, stride))  # as biases are
+            operand = torch.empty_strided(shape, stride, device=device)
+            operands.append((torch.empty(shape, device=device) if expanded else operand).normal_())
+        run, block = partial(getattr(torch, name), *operands), None
+        if device == "cuda":  # without the launches
+            graph = torch.cuda.CUDAGraph()
+            run()
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+                for _ in range(10):
+                    run()
+            block = graph.replay
+        blocks.append((block or (lambda run=run: [run() for _ in range(10)]), count))
+
+    def once() -> float:
+        total = 0.0
+        for block, count in blocks:
+            block()
+            synchronize(device)
+            began = time.perf_counter()
+            block()
+            synchronize(device)
+            total += count * (time.perf_counter() - began) / 10
+        return total
+
+    return once
+
+
+def synchronize(device: str) -> None:
+    """Waits for the GPU, if that is where the work is."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(steps: Callable, seconds: float, started: float, found: dict) -> Callable:
+    """`Run.steps`, but each phase ends after `seconds` of steady state and leaves its figures in `found`.
+
+    Blocks of steps and runs of the products alone take turns, so that the share compares neighbours in time.
+    """
+
+    def wrapper(run, phase, total, modules, optimizers) -> Iterator[int]:
+        device, heaviest, first = run.device.type, Products(), None
+        source = steps(run, phase, total, modules, optimizers)
+        for step in source:
+            updates = step - 1 if phase != "online" else run.updates  # done so far
+            if updates > 0 and first is None:
+                synchronize(device)
+                first = time.time() - started
+            if updates >= 20:
+                break
+            with (products := Products()):  # warm-up; online also the steps before the first update
+                yield step
+            heaviest = max(heaviest, products, key=Products.flop)
+        products, rates, shares, seconds_alone = product_timer(heaviest.counts, device), [], [], []
+        for _ in range(8):
+            synchronize(device)
+            began, done = time.perf_counter(), 0
+            while time.perf_counter() - began < seconds / 8:
+                yield step
+                step, done = next(source), done + 1
+            synchronize(device)
+            rates.append(done / (time.perf_counter() - began))
+            seconds_alone.append(products())
+            shares.append(rates[-1] * seconds_alone[-1])
+        utd = run.args.utd_ratio if phase == "online" else 1
+        found[phase] = dict(
+            updates_per_second=utd * statistics.median(rates), steps_per_second=statistics.median(rates),
+            gflop=heaviest.flop() / 1e9, product_ms=1e3 * statistics.median(seconds_alone),
+            share=statistics.median(shares) if utd == 1 else math.nan, first_update=first)  # fmt: skip
+
+    return wrapper
+
+
+def probe(case: dict) -> dict:
+    """Figures of one case by phase: runs the script's main() with `Run.steps` timed."""
+    module, found = load_script(case["script"]), {}
+    module.Run.steps = timed(module.Run.steps, case["seconds"], case["started"], found)
+    module.report = lambda run: None
+    if case["copies"] > 1:  # the same recording several times over
+        load = module.load_dataset
+
+        def copies(*arguments):
+            data = load(*arguments)
+            columns = {name: np.concatenate([x] * case["copies"]) for name, x in data.columns.items()}
+            ends = [data.ends + i * data.ends[-1] for i in range(case["copies"])]
+            return data._replace(columns=columns, ends=np.concatenate(ends))
+
+        module.load_dataset = copies
+    flags = dict(env_id=case["env_id"], device=case["device"], batch_size=case["batch"], eval_episodes=1,
+                 score_steps=10**5, offline_steps=10**5, online_steps=10**5, eval_every=10**9,
+                 handover_eval_every=10**9, offline_optimizer=case["optimizer"],
+                 online_optimizer=case["optimizer"])  # fmt: skip
+    words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    words += ["--hidden-sizes", *[str(case["width"])] * 2, "--compile" if case["graphs"] else "--no-compile"]
+    sys.argv = [case["script"], *words]
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        with contextlib.redirect_stdout(io.StringIO()):
+            module.main()
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # kB on Linux
+    gpu = torch.cuda.max_memory_allocated() / 2**20 if case["device"] == "cuda" else 0
+    return {phase: figures | dict(memory_mb=memory, gpu_mb=gpu) for phase, figures in found.items()}
+
+
+# === CleanRL's update beside ours ==========================================================================
+
+
+def cleanrl_update(folder: Path, obs_dim: int, act_dim: int) -> Callable[[], None]:
+    """CleanRL's SAC update from a clone, unmodified: the body of its `if global_step > learning_starts`.
+
+    The classes and the statements that build networks, optimisers and replay are executed as they stand; the
+    environment is two Box spaces, the replay holds 10,000 random transitions, the writer writes nothing.
+    """
+    import gymnasium as gym
+
+    sys.path.insert(0, str(folder))
+    tree = ast.parse((folder / "cleanrl/sac_continuous_action.py").read_text())
+    top = [node for node in tree.body if not isinstance(node, ast.If)]
+    main = next(node for node in tree.body if isinstance(node, ast.If)).body
+    text = lambda node: ast.unparse(node)
+    first = next(i for i, node in enumerate(main) if text(node).startswith("actor = "))
+    last = next(i for i, node in enumerate(main) if text(node).startswith("rb = "))
+    loop = next(node for node in main if isinstance(node, ast.For))
+    body = next(node for node in loop.body if "rb.sample" in text(node)).body
+    code = lambda nodes: compile(ast.Module(nodes, []), "cleanrl", "exec")
+    space = {"__name__": "cleanrl_sac", "__file__": "sac_continuous_action.py"}
+    sys.modules["cleanrl_sac"] = ModuleType("cleanrl_sac")
+    exec(code(top), space)
+    box = lambda n: gym.spaces.Box(-1.0, 1.0, (n,), np.float32)
+    spaces = SimpleNamespace(single_observation_space=box(obs_dim), single_action_space=box(act_dim))
+    space |= dict(args=space["Args"](buffer_size=10_000), device=torch.device("cpu"), envs=spaces,
+                  writer=SimpleNamespace(add_scalar=lambda *_: None), start_time=time.time())  # fmt: skip
+    exec(code(main[first : last + 1]), space)
+    rng, rb = np.random.default_rng(0), space["rb"]
+    for _ in range(10_000):
+        observation, successor = rng.standard_normal((2, 1, obs_dim)).astype(np.float32)
+        rb.add(observation, successor, rng.uniform(-1, 1, (1, act_dim)).astype(np.float32),
+               rng.standard_normal(1), np.zeros(1), [{}])  # fmt: skip
+    update, steps = code(body), iter(range(1, 10**9))
+
+    def call():
+        space["global_step"] = next(steps)
+        exec(update, space)
+
+    return call
+
+
+def shelf_update(module: ModuleType, obs_dim: int, act_dim: int) -> Callable[[], None]:
+    """The same SAC update with the shelf's blocks: ReLU networks of 2x256, batch 256, Adam."""
+    args = module.Args(batch_size=256, online_optimizer="adam")
+    agent = module.Agent(obs_dim, act_dim, (256, 256), 2, "relu")
+    buffer = module.ReplayBuffer(module.transition_widths(obs_dim, act_dim), 10_000)
+    draw = lambda width: np.random.default_rng(0).uniform(-1, 1, (10_000, width) if width else 10_000)
+    buffer.add(*(np.zeros(10_000) if n == "terminations" else draw(w) for n, w in buffer.widths.items()))
+    optimizers = module.make_optimizers(agent, "adam", args)
+
+    def call():
+        batch = buffer.split(buffer.sample_rows(args.batch_size))
+        module.critic_gradients(agent, batch, args.gamma)
+        module.actor_gradients(agent, batch)
+        module.apply_gradients(agent, optimizers, args.tau)
+
+    return call
+
+
+def beside_cleanrl(case: dict) -> dict:
+    """Updates per second of both, in turns of 50 in one process with one thread."""
+    torch.set_num_threads(1)
+    obs_dim, act_dim, times = 11, 3, {"CleanRL": [], "shelf": []}
+    with contextlib.redirect_stdout(io.StringIO()):
+        updates = {"CleanRL": cleanrl_update(Path(case["cleanrl"]), obs_dim, act_dim),
+                   "shelf": shelf_update(load_script(case["script"]), obs_dim, act_dim)}  # fmt: skip
+        for _ in range(11):
+            for name, update in updates.items():
+                began = time.perf_counter()
+                for _ in range(50):
+                    update()
+                times[name].append((time.perf_counter() - began) / 50)
+    return {
+        f"SAC update, {name}": dict(updates_per_second=1 / statistics.median(t[1:]))
+        for name, t in times.items()
+    }
+
+
+# === Many measurements =====================================================================================
+
+
+def hardware(device: str) -> dict[str, str]:
+    """What the figures depend on."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(
+            (line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine()
+        )
+    gpu = torch.cuda.get_device_name() if device == "cuda" else ""
+    return dict(cpu=f"{model}, {os.cpu_count()} cores", gpu=gpu, torch=torch.__version__,
+                python=platform.python_version())  # fmt: skip
+
+
+def cases(args: Speed, device: str) -> list[dict]:
+    """What is measured: two sizes in every mode, then one factor at a time."""
+    base = dict(env_id=args.env_id, device=device, seconds=args.seconds, width=256, batch=256, threads=1,
+                copies=1, optimizer="muon", graphs=device == "cuda", together=1)  # fmt: skip
+    other_mode = dict(graphs=False) if device == "cuda" else dict(threads=2)
+    variants = []
+    for width, batch in args.sizes:
+        size = dict(width=width, batch=batch)
+        variants += [size, size | other_mode, size | dict(optimizer="adam")]
+        variants += [size | dict(together=n) for n in args.together if n > 1]
+    if args.growth:
+        variants += [dict(width=w) for w in (64, 128, 512)] + [dict(batch=b) for b in (64, 128, 512)]
+        variants += [dict(copies=10)]
+    return [base | variant | dict(script=script) for script in args.scripts for variant in variants]
+
+
+def start(case: dict) -> subprocess.Popen:
+    """A process that measures one case."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(case["threads"]), "TQDM_DISABLE": "1"}
+    script = str((ROOT / case["script"]).resolve())
+    words = [sys.executable, __file__, "probe", json.dumps(case | dict(script=script, started=time.time()))]
+    return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen) -> dict:
+    """Its figures by phase; its last words and exit if it failed."""
+    output, errors = process.communicate()
+    if process.returncode:
+        raise SystemExit(f"error: a measurement failed:\n{output[-2000:]}{errors[-2000:]}")
+    return json.loads(output.splitlines()[-1])
+
+
+def speed(args: Speed) -> None:
+    """Measures all cases in turns and writes speed.csv."""
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    todo, rows = cases(args, device), []
+    if args.cleanrl and not (Path(args.cleanrl) / "cleanrl/sac_continuous_action.py").exists():
+        raise SystemExit(
+            f"error: {args.cleanrl} is no clone of CleanRL: git clone github.com/vwxyzjn/cleanrl"
+        )
+    if args.cleanrl:
+        git = ["git", "-C", args.cleanrl, "rev-parse", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+        print(f"CleanRL at commit {commit}")
+        todo.append(
+            todo[0] | dict(cleanrl=str(Path(args.cleanrl).resolve()), optimizer="adam", commit=commit)
+        )
+    for turn in range(args.repeats):
+        for number, case in enumerate(todo):
+            figures = [finish(process) for process in [start(case) for _ in range(case["together"])]]
+            for phase in figures[0]:
+                each = [f[phase] for f in figures]
+                total = {
+                    k: sum(f[k] for f in each)
+                    for k in ("updates_per_second", "steps_per_second")
+                    if k in each[0]
+                }
+                rows.append({"turn": turn + 1, "phase": phase} | case | each[0] | total)
+            print(f"turn {turn + 1} of {args.repeats}, case {number + 1} of {len(todo)}", flush=True)
+        out = Path(args.out)  # after every turn: nothing is lost when it is stopped
+        out.mkdir(parents=True, exist_ok=True)
+        known = hardware(device)
+        hidden = ("env_id", "device", "seconds", "cleanrl")
+        names = [name for name in dict.fromkeys(k for row in rows for k in row) if name not in hidden]
+        with open(out / "speed.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, [*names, *known], extrasaction="ignore", lineterminator="\n")
+            writer.writeheader()
+            short = lambda x: f"{x:.5g}" if isinstance(x, float) else x
+            writer.writerows({k: short(v) for k, v in (row | known).items()} for row in rows)
+    tables(out)
+
+
+# === Tables ================================================================================================
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    """Rows of the same keys as a Markdown table."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def tables(folder: str | Path) -> str:
+    """The README's tables from folder/speed.csv, medians over the turns; also printed."""
+    path = Path(folder) / "speed.csv"
+    if not path.exists():
+        raise SystemExit(
+            f"error: there is no {path}: measure first, with python benchmark.py speed --out {folder}"
+        )
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    keys = (
+        "script",
+        "width",
+        "batch",
+        "threads",
+        "optimizer",
+        "graphs",
+        "together",
+        "copies",
+        "phase",
+        "commit",
+    )
+    groups: dict[tuple, list] = {}
+    for row in rows:
+        groups.setdefault(tuple(row.get(key, "") for key in keys), []).append(row)
+    ours, theirs = [], []
+    for turns in groups.values():
+        median = lambda name, turns=turns: statistics.median(float(turn[name]) for turn in turns)
+        case = turns[0]
+        if case.get("commit"):
+            theirs.append(
+                {"update": case["phase"], "updates per second": f"{median('updates_per_second'):.1f}"}
+            )
+            continue
+        mode = f"{case['threads']} thread{'s' * (case['threads'] != '1')}"
+        if case["gpu"]:
+            mode = "CUDA graphs" if case["graphs"] == "True" else "eager"
+        mode += f", {case['together']} runs at once, their sum" * (case["together"] != "1")
+        mode += f", {case['copies']} times the data" * (case["copies"] != "1")
+        ours.append({
+            "networks, batch": f"2x{case['width']}, {case['batch']}", "optimiser": case["optimizer"],
+            "mode": mode, "phase": case["phase"], "updates per second": f"{median('updates_per_second'):.0f}",
+            "products alone": f"{1e3 / median('product_ms'):.0f}", "share": f"{100 * median('share'):.0f}%",
+            "first update": f"{median('first_update'):.1f} s", "peak memory": f"{median('memory_mb'):.0f} MB",
+        })  # fmt: skip
+    known = rows[0]
+    where = f"{known['gpu'] or known['cpu']}; torch {known['torch']}, Python {known['python']}"
+    text = f"{where}\n\n{markdown(ours)}" + (f"\n{markdown(theirs)}" if theirs else "")
+    print(text)
+    return text
+
+
+def main() -> None:
+    named = [Annotated[kind, tyro.conf.subcommand(kind.__name__.lower())] for kind in (Speed, Table, Probe)]
+    args = tyro.cli(Union[tuple(named)], description=__doc__)  # noqa: UP007 (three made in a line)
+    if isinstance(args, Speed):
+        speed(args)
+    elif isinstance(args, Table):
+        tables(args.out)
+    else:
+        case = json.loads(args.case)
+        print(json.dumps((beside_cleanrl if "cleanrl" in case else probe)(case)))
+
+
+if __name__ == "__main__":
+    main()

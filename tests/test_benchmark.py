@@ -1,0 +1,170 @@
+"""The benchmark counts products rightly, times what it says, and its tables follow from its csv."""
+
+import csv
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, load
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    return load("benchmark", ROOT / "benchmark.py")
+
+
+def test_products_are_counted_with_their_operations(benchmark):
+    a, b, c = torch.randn(4, 5, requires_grad=True), torch.randn(5, 6), torch.randn(3, 4, 5)
+    with benchmark.Products() as products:
+        (a @ b).sum().backward()  # and one for the gradient of a
+        torch.baddbmm(torch.zeros(3, 1, 6), c, b.expand(3, -1, -1))
+        (a * a).sum()  # no product
+    assert sum(products.counts.values()) == 3
+    assert products.flop() == 2 * (4 * 5 * 6) * 2 + 2 * 3 * 4 * 5 * 6
+
+
+def test_products_of_an_update_are_those_of_the_mathematics(benchmark, smac):
+    """Forward, gradient by the input and gradient by the weights of each layer, and nothing twice."""
+    obs, act, hidden, batch = 11, 3, 32, 16
+    agent = smac.Agent(obs, act, (hidden, hidden), 2, "relu")
+    draw = {
+        n: torch.rand(batch, w) if w else torch.rand(batch)
+        for n, w in smac.transition_widths(obs, act).items()
+    }
+    with benchmark.Products() as products:
+        smac.critic_gradients(agent, draw, 0.99)
+        smac.actor_gradients(agent, draw)
+    # the critics' heads are dot products, so a critic is two layers and the actor three
+    critic, actor = [(obs + act) * hidden, hidden * hidden], [obs * hidden, hidden * hidden, hidden * 2 * act]
+    target = sum(actor) + 2 * sum(critic)
+    td = 2 * (sum(critic) + sum(critic) + critic[1])  # forward, by the weights, by the hidden layer
+    policy = (
+        sum(actor) + sum(actor) + sum(actor[1:]) + 2 * (sum(critic) + sum(critic))
+    )  # critics: by the action
+    assert products.flop() == 2 * batch * (target + td + policy)
+
+
+def test_muon_costs_fifteen_products_a_matrix(benchmark, smac):
+    agent = smac.Agent(3, 1, (16, 16), 2, "silu")
+    muon = smac.make_optimizers(agent, "muon", smac.Args())[0]
+    for p in agent.parameters():
+        p.grad = torch.randn_like(p)
+    with benchmark.Products() as products:
+        muon.step()
+    assert products.flop() == 15 * 3 * 2 * 16**3  # five times three products, two critics and an actor
+
+
+def test_each_product_is_timed_as_often_as_it_ran(benchmark):
+    key = (((64, 64), (64, 1)), ((64, 64), (64, 1)))
+    once = [benchmark.product_timer({("mm", key): 1}, "cpu")() for _ in range(9)]
+    often = [benchmark.product_timer({("mm", key): 50}, "cpu")() for _ in range(9)]
+    assert 20 < np.median(often) / np.median(once) < 125
+
+
+@pytest.fixture(scope="module")
+def measured(benchmark, tmp_path_factory):
+    """speed.csv of the quickest measurement there is, and what was printed."""
+    out = tmp_path_factory.mktemp("speed")
+    flags = "--env-id pendulum-medium-replay --device cpu --repeats 1 --seconds 0.2 --no-growth --together 2"
+    words = [
+        sys.executable,
+        str(ROOT / "benchmark.py"),
+        "speed",
+        *flags.split(),
+        "--sizes",
+        "16",
+        "16",
+        "--out",
+        str(out),
+    ]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=out)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def test_speed_measures_every_phase_and_mode(measured):
+    with open(measured[0] / "speed.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["phase"] for row in rows} == {"score", "offline", "online"}
+    assert len(rows) == 3 * 4  # one thread, two threads, Adam, two at once
+    for row in rows:
+        assert float(row["updates_per_second"]) > 10
+        assert 0 < float(row["share"]) < 1
+        assert 0.2 < float(row["first_update"]) < 60 and 100 < float(row["memory_mb"]) < 5_000
+        assert row["torch"] == torch.__version__ and row["cpu"]
+
+
+def test_the_table_follows_from_the_csv(benchmark, measured, tmp_path):
+    assert benchmark.tables(measured[0]).strip() in measured[1]
+    header = (
+        "turn,phase,script,width,batch,threads,optimizer,graphs,together,copies,commit,updates_per_second,"
+    )
+    header += "product_ms,share,first_update,memory_mb,cpu,gpu,torch,python\n"
+    rows = [f"{turn},offline,s.py,256,64,2,muon,False,1,10,,{rate},10,0.5,3,100,chip,,2.13,3.11\n"
+            for turn, rate in ((1, 20), (2, 90), (3, 30))]  # fmt: skip
+    (tmp_path / "speed.csv").write_text(header + "".join(rows))
+    text = benchmark.tables(tmp_path)
+    assert text.startswith("chip; torch 2.13, Python 3.11\n")
+    assert (
+        "| 2x256, 64 | muon | 2 threads, 10 times the data | offline | 30 | 100 | 50% | 3.0 s | 100 MB |"
+        in text
+    )
+
+
+def test_a_failed_measurement_ends_with_its_last_words(benchmark):
+    case = dict(script="no_such_script.py", threads=1)
+    with pytest.raises(SystemExit, match="no_such_script"):
+        benchmark.finish(benchmark.start(case))
+
+
+def test_the_readme_shows_the_tables_of_the_committed_measurement(benchmark):
+    folder = ROOT / "results" / "speed"
+    readme = (ROOT / "README.md").read_text()
+    for line in benchmark.tables(folder).splitlines():
+        assert line.strip() in readme, line
+
+
+CLEANRL = """
+import os
+from dataclasses import dataclass
+import torch.nn as nn
+
+@dataclass
+class Args:
+    exp_name: str = os.path.basename(__file__)
+    buffer_size: int = 10
+    learning_starts: int = 0
+
+class Buffer:
+    def __init__(self, size):
+        self.size, self.added = size, 0
+    def add(self, *columns):
+        self.added += 1
+    def sample(self, number):
+        os.environ["SAMPLED"] += f"{number} of {self.added} in {self.size};"
+
+if __name__ == "__main__":
+    args = None
+    actor = nn.Linear(envs.single_observation_space.shape[0], 1)
+    rb = Buffer(args.buffer_size)
+    for global_step in range(10):
+        if global_step < args.learning_starts:
+            raise RuntimeError
+        if global_step > args.learning_starts:
+            rb.sample(global_step + actor.in_features)
+            writer.add_scalar("x", 1, global_step)
+    envs.close()
+"""
+
+
+def test_the_update_of_a_clone_is_run_as_it_stands(benchmark, tmp_path, monkeypatch):
+    monkeypatch.setenv("SAMPLED", "")
+    (tmp_path / "cleanrl").mkdir()
+    (tmp_path / "cleanrl" / "sac_continuous_action.py").write_text(CLEANRL)
+    update = benchmark.cleanrl_update(tmp_path, 40, 2)
+    update()
+    update()
+    assert os.environ["SAMPLED"] == "41 of 10000 in 10000;42 of 10000 in 10000;"
