@@ -1,18 +1,25 @@
-"""Measures how fast the scripts of the shelf are, and what share of that is matrix products.
+"""Measures how fast the scripts of the shelf are; runs studies of many runs and draws their tables.
 
     python benchmark.py speed                                    this machine; half an hour on two cores
     python benchmark.py speed --cleanrl FOLDER                   also CleanRL's own SAC update, from a clone
     python benchmark.py speed --device cuda --together 1 2 4 8   eager, CUDA graphs, runs that share a GPU
     python benchmark.py table results/speed                      the tables again, nothing measured
+    python benchmark.py run results/choices --seeds 1 2 3        what is missing of a study's plan.toml
+    python benchmark.py report results/choices                   its tables, from the csvs
 
-Every measurement is a fresh process that runs a script's own main() on its own data and times its loops as
-they are: sampling, logging and, online, the environment included; evaluations are not. Cases take turns, so
-that a machine whose speed drifts is fair to all, and medians over the turns are reported.
+SPEED. Every measurement is a fresh process that runs a script's own main() on its own data and times its
+loops as they are: sampling, logging and, online, the environment included; evaluations are not. Cases take
+turns, so that a machine whose speed drifts is fair to all, and medians over the turns are reported.
 
-The bound: all matrix products of one step are recorded with their shapes, and each is timed alone in the same
-process. A step that did nothing else would take their sum; the share says how near the script comes.
+The bound: all matrix products of one step are recorded with their shapes, and each is timed alone in the
+same process. A step that did nothing else would take their sum; the share says how near the script comes.
 
 Writes OUT/speed.csv (one row per case, turn and phase, with hardware and versions), which `table` reads.
+
+STUDIES. OUT/plan.toml names the variants of each task with their flags. Every run leaves
+OUT/TASK/VARIANT__SEED.csv: the run's metrics.csv with flags, seed, device, code version and dataset
+checksum in every row. What is there is not run again, so a study can be stopped and gone on with. A failed
+run is reported with its last words.
 """
 
 import ast
@@ -24,14 +31,17 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -80,6 +90,36 @@ class Table:
 
     out: tyro.conf.Positional[str] = "results/speed"
     """folder of speed.csv"""
+
+
+@dataclass
+class Study:
+    """Run what is missing of the study OUT/plan.toml: a csv for every task, variant and seed."""
+
+    out: tyro.conf.Positional[str]
+    """folder of the study, results/NAME"""
+    seeds: tuple[int, ...] = (1, 2, 3)
+    """1 to 3 to tune on, 11 and up to report"""
+    env_ids: tuple[str, ...] = ()
+    """some of the plan's tasks; all if none is named"""
+    variants: tuple[str, ...] = ()
+    """some of the plan's variants"""
+    workers: int = os.cpu_count() or 1
+    """runs at the same time, each with one thread"""
+    script: str = "smac_offline_online.py"
+    """script of the shelf"""
+
+
+@dataclass
+class StudyReport:
+    """Print a study's tables from its csvs."""
+
+    out: tyro.conf.Positional[str]
+    """folder of the study, results/NAME"""
+    seeds: tuple[int, ...] = ()
+    """only these; all if none is named"""
+    script: str = "smac_offline_online.py"
+    """script whose summary is taken"""
 
 
 @dataclass
@@ -419,29 +459,21 @@ def tables(folder: str | Path) -> str:
         )
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
-    keys = (
-        "script",
-        "width",
-        "batch",
-        "threads",
-        "optimizer",
-        "graphs",
-        "together",
-        "copies",
-        "phase",
-        "commit",
-    )
+    keys = ("script", "width", "batch", "threads", "optimizer", "graphs", "together", "copies", "commit")
     groups: dict[tuple, list] = {}
     for row in rows:
         groups.setdefault(tuple(row.get(key, "") for key in keys), []).append(row)
     ours, theirs = [], []
     for turns in groups.values():
-        median = lambda name, turns=turns: statistics.median(float(turn[name]) for turn in turns)
-        case = turns[0]
+        case, phases = turns[0], list(dict.fromkeys(turn["phase"] for turn in turns))
+        medians = lambda name, turns=turns, phases=phases: [
+            statistics.median(float(turn[name]) for turn in turns if turn["phase"] == phase)
+            for phase in phases
+        ]
+        rounded = lambda x: f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+        rates = [rounded(rate) for rate in medians("updates_per_second")]
         if case.get("commit"):
-            theirs.append(
-                {"update": case["phase"], "updates per second": f"{median('updates_per_second'):.1f}"}
-            )
+            theirs += [{"update": phase, "updates per second": rate} for phase, rate in zip(phases, rates)]
             continue
         mode = f"{case['threads']} thread{'s' * (case['threads'] != '1')}"
         if case["gpu"]:
@@ -450,9 +482,11 @@ def tables(folder: str | Path) -> str:
         mode += f", {case['copies']} times the data" * (case["copies"] != "1")
         ours.append({
             "networks, batch": f"2x{case['width']}, {case['batch']}", "optimiser": case["optimizer"],
-            "mode": mode, "phase": case["phase"], "updates per second": f"{median('updates_per_second'):.0f}",
-            "products alone": f"{1e3 / median('product_ms'):.0f}", "share": f"{100 * median('share'):.0f}%",
-            "first update": f"{median('first_update'):.1f} s", "peak memory": f"{median('memory_mb'):.0f} MB",
+            "mode": mode, f"updates per second: {', '.join(phases)}": " / ".join(rates),
+            "products alone": " / ".join(rounded(1e3 / ms) for ms in medians("product_ms")),
+            "share": " / ".join(f"{100 * share:.0f}%" for share in medians("share")),
+            "first update": f"{medians('first_update')[0]:.1f} s",
+            "peak memory": f"{medians('memory_mb')[0]:.0f} MB",
         })  # fmt: skip
     known = rows[0]
     where = f"{known['gpu'] or known['cpu']}; torch {known['torch']}, Python {known['python']}"
@@ -461,13 +495,163 @@ def tables(folder: str | Path) -> str:
     return text
 
 
+# === Studies ===============================================================================================
+
+
+def plan(args: Study) -> list[dict]:
+    """The runs of OUT/plan.toml, a table of {variant = flags} for each task, seed by seed."""
+    path = Path(args.out) / "plan.toml"
+    try:
+        tasks = tomllib.loads(path.read_text())
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise SystemExit(f"error: {path} can't be read ({error}): a study begins with its plan") from error
+    chosen = {task: tasks[task] for task in args.env_ids or tasks if task in tasks}
+    file = lambda task, variant, seed: Path(args.out) / task / f"{variant}__{seed}.csv"
+    return [dict(task=task, variant=variant, flags=flags, seed=seed, file=file(task, variant, seed))
+            for seed in args.seeds for task, variants in chosen.items() for variant, flags in variants.items()
+            if not args.variants or variant in args.variants]  # fmt: skip
+
+
+def work(job: dict, script: str) -> str:
+    """One run in a folder of its own; its metrics.csv becomes job["file"], with its origin in every row.
+
+    Returns "" or the last lines of what a failed run printed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        words = [sys.executable, str(ROOT / script), "--env-id", job["task"], "--seed", str(job["seed"])]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+        how = dict(cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        done = subprocess.run([*words, *job["flags"].split()], **how)
+        if done.returncode:
+            return done.stdout[-1500:]
+        (directory,) = (Path(folder) / "runs").iterdir()
+        config = json.loads((directory / "config.json").read_text())
+        with open(directory / "metrics.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+    origin = {key: job[key] for key in ("variant", "flags", "seed", "code")}
+    origin |= dict(device=config["resolved_device"], dataset=config["dataset_checksum"][:16],
+                   eval_every=config["args"]["eval_every"])  # fmt: skip
+    short = lambda x: f"{float(x):.6g}" if "." in x else x
+    write_csv(job["file"], [origin | {name: short(value) for name, value in row.items()} for row in rows])
+    return ""
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """Rows of the same keys, put in place whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".part")
+    with open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.replace(path)
+
+
+def scripts_version() -> str:
+    """Commit of the scripts, with a mark if they were changed since."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+
+
+def run_study(args: Study) -> None:
+    """Runs what is missing of a study, a few at a time; a failed run is tried once more, then reported."""
+    jobs = [job | dict(code=scripts_version()) for job in plan(args)]
+    todo = [job for job in jobs if not job["file"].exists()]
+    print(f"{len(jobs)} runs, {len(jobs) - len(todo)} of them there already; {args.workers} at a time")
+    began, failed = time.monotonic(), {}
+    with ThreadPoolExecutor(args.workers) as pool:
+        futures = {
+            pool.submit(lambda job: work(job, args.script) and work(job, args.script), job): job
+            for job in todo
+        }
+        for number, future in enumerate(as_completed(futures), 1):
+            name, error = str(futures[future]["file"]), future.result()
+            left = (time.monotonic() - began) / number * (len(todo) - number) / 60
+            print(
+                f"{number}/{len(todo)} {name}: {'FAILED' if error else 'done'}; {left:.0f} minutes left",
+                flush=True,
+            )
+            failed |= {name: error} if error else {}
+    for name, error in failed.items():
+        print(f"\nFAILED twice: {name}\n{error}")
+    study_report(StudyReport(args.out, script=args.script))
+    if failed:
+        raise SystemExit(f"error: {len(failed)} runs failed; see above, then run the same command again")
+
+
+def summaries(folder: Path, script: str) -> dict[tuple[str, str], list[dict]]:
+    """Offline score, drop, final score, regret, smooth of every run of a study, by (task, variant)."""
+    module, found, data = load_script(ROOT / script), {}, {}
+    number = lambda x: float(x) if re.fullmatch(r"-?[\d.]+(e[-+]?\d+)?", x) else x
+    for path in sorted(folder.glob("*/*.csv")):
+        with open(path, newline="") as file:
+            rows = [{k: number(v) for k, v in row.items()} for row in csv.DictReader(file)]
+        task, flags = path.parent.name, rows[0]["flags"].split()
+        share = lambda name, flags=flags: float(flags[flags.index(name) + 1]) if name in flags else 1.0
+        key = task, share("--best-episodes"), share("--data-fraction"), int(rows[0]["seed"])
+        if key not in data:
+            data[key] = module.select_episodes(module.load_dataset(module.TASKS[task][0]), *key[1:])
+        offline = [row["score"] for row in rows if row["phase"] == "offline"]
+        online = [row for row in rows if row["phase"] == "online"]
+        result = dict(
+            offline=offline[-1], best_offline=max(offline), mean=data[key].score(data[key].returns().mean())
+        )
+        if online:
+            result |= module.summarize(rows, data[key], rows[0]["eval_every"])
+        last = [row for row in rows if row["phase"] == "offline"][-1]
+        result |= {k: last[k] for k in ("cosine_dataset", "cosine_policy", "q_policy", "alpha", "alpha_psi")}
+        found.setdefault((task, rows[0]["variant"]), []).append(
+            result | dict(seed=int(rows[0]["seed"]), rows=rows)
+        )
+    return found
+
+
+def study_report(args: StudyReport) -> str:
+    """A Markdown table a task from a study's csvs, means and standard errors over seeds; also printed."""
+    folder, text = Path(args.out), ""
+    found = summaries(folder, args.script)
+    wanted = set(args.seeds)
+    for task in sorted({task for task, _ in found}):
+        rows = []
+        order = list(tomllib.loads((folder / "plan.toml").read_text()).get(task, {}))
+        planned = lambda variant, order=order: [*order, variant].index(variant)
+        for variant in sorted((v for t, v in found if t == task), key=planned):
+            runs = [r for r in found[task, variant] if not wanted or r["seed"] in wanted]
+            if not runs:
+                continue
+
+            def cell(name, digits=1, runs=runs):
+                values = [float(r.get(name, math.nan)) for r in runs]
+                if any(map(math.isnan, values)):
+                    return ""
+                error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
+                return f"{statistics.mean(values):.{digits}f} ± {error:.{digits}f}"
+
+            smooth = sum(r.get("smooth", False) for r in runs)
+            rows.append({"variant": variant, "flags": f"`{runs[0]['rows'][0]['flags'] or ' '}`",
+                         "seeds": " ".join(str(r["seed"]) for r in sorted(runs, key=lambda r: r["seed"])),
+                         "offline score": cell("offline"), "drop": cell("drop"), "final score": cell("final"),
+                         "regret": cell("regret", 3), "smooth": f"{smooth} of {len(runs)}",
+                         "cosine, data": cell("cosine_dataset", 2),
+                         "cosine, policy": cell("cosine_policy", 2), "Q": cell("q_policy"),
+                         "alpha": cell("alpha", 3), "alpha_psi": cell("alpha_psi", 3)})  # fmt: skip
+        text += f"### {task}\n\n{markdown(rows)}\n" if rows else ""
+    print(text)
+    return text
+
+
 def main() -> None:
-    named = [Annotated[kind, tyro.conf.subcommand(kind.__name__.lower())] for kind in (Speed, Table, Probe)]
+    kinds = dict(speed=Speed, table=Table, run=Study, report=StudyReport, probe=Probe)
+    named = [Annotated[kind, tyro.conf.subcommand(name)] for name, kind in kinds.items()]
     args = tyro.cli(Union[tuple(named)], description=__doc__)  # noqa: UP007 (three made in a line)
     if isinstance(args, Speed):
         speed(args)
     elif isinstance(args, Table):
         tables(args.out)
+    elif isinstance(args, Study):
+        run_study(args)
+    elif isinstance(args, StudyReport):
+        study_report(args)
     else:
         case = json.loads(args.case)
         print(json.dumps((beside_cleanrl if "cleanrl" in case else probe)(case)))

@@ -167,19 +167,25 @@ class MLP(nn.Module):
     is no observation): part of the network, so that a saved policy can't lose them.
     """
 
-    def __init__(self, n: int, sizes: list[int], activation: str = "relu"):
+    def __init__(self, n: int, sizes: list[int], activation: str = "relu", layer_norm: bool = False):
         super().__init__()
         self.n, self.activation = n, {"relu": torch.relu_, "silu": F.silu}[activation]
         draw = lambda fan_in, *shape: torch.empty(shape).uniform_(-(fan_in**-0.5), fan_in**-0.5)
         self.weights = nn.ParameterList([draw(i, n, i, o) for i, o in pairwise(sizes)])
         self.biases = nn.ParameterList([draw(i, n, 1, o) for i, o in pairwise(sizes)])
+        normed = sizes[1:-1] if layer_norm else []  # LayerNorm stands before the activation
+        self.gains = nn.ParameterList([torch.ones(n, 1, o) for o in normed])
+        self.shifts = nn.ParameterList([torch.zeros(n, 1, o) for o in normed])
         self.register_buffer("mean", torch.zeros(sizes[0]))
         self.register_buffer("std", torch.ones(sizes[0]))
 
     def forward(self, x: Tensor) -> Tensor:
         x = ((x - self.mean) / self.std).expand(self.n, -1, -1)
-        for weight, bias in zip(self.weights[:-1], self.biases[:-1]):
-            x = self.activation(torch.baddbmm(bias, x, weight))  # (N, B, H)
+        for i, (weight, bias) in enumerate(zip(self.weights[:-1], self.biases[:-1])):
+            x = torch.baddbmm(bias, x, weight)  # (N, B, H)
+            if self.gains:
+                x = F.layer_norm(x, x.shape[-1:]) * self.gains[i] + self.shifts[i]
+            x = self.activation(x)
         if self.weights[-1].shape[-1] == 1:  # a scalar is a dot product, for which a matrix product is slow
             return (x * self.weights[-1].mT).sum(-1, keepdim=True) + self.biases[-1]
         return torch.baddbmm(self.biases[-1], x, self.weights[-1])
@@ -221,9 +227,9 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     """N critics Q_i(s, a) as one stacked ensemble."""
 
-    def __init__(self, n: int, obs_dim: int, act_dim: int, hidden_sizes: tuple[int, ...], activation: str):
+    def __init__(self, n: int, obs_dim: int, act_dim: int, hidden_sizes, activation: str, layer_norm=False):
         super().__init__()
-        self.net = MLP(n, [obs_dim + act_dim, *hidden_sizes, 1], activation)
+        self.net = MLP(n, [obs_dim + act_dim, *hidden_sizes, 1], activation, layer_norm)
 
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
         """q (N, B) for observations (B, O) and actions (B, A), or (N, B, A): one action for each critic."""
@@ -234,9 +240,10 @@ class Critic(nn.Module):
 class Agent(nn.Module):
     """What is handed from offline to online: actor, critics, target critics and the temperature alpha."""
 
-    def __init__(self, obs_dim: int, act_dim: int, hidden_sizes, num_critics=2, critic_activation="relu"):
+    def __init__(self, obs_dim: int, act_dim: int, hidden_sizes, num_critics=2, critic_activation="relu",
+                 critic_layer_norm=False):  # fmt: skip
         super().__init__()
-        critic = (num_critics, obs_dim, act_dim, hidden_sizes, critic_activation)
+        critic = (num_critics, obs_dim, act_dim, hidden_sizes, critic_activation, critic_layer_norm)
         self.actor = Actor(obs_dim, act_dim, hidden_sizes)
         self.critic, self.target_critic = Critic(*critic), Critic(*critic).requires_grad_(False)
         self.target_critic.load_state_dict(self.critic.state_dict())
@@ -314,14 +321,14 @@ def apply_gradients(agent: Agent, optimizers: list[torch.optim.Optimizer], tau: 
 
 
 @torch.no_grad()
-def evaluate(actor: Actor, envs: list[gym.Env], device: torch.device | str) -> np.ndarray:
-    """Undiscounted returns (E,) of the deterministic policy, one episode in each of E environments.
+def evaluate(actor: Actor, envs: list[gym.Env], device: torch.device | str) -> list[np.ndarray]:
+    """Rewards (T,) of the deterministic policy, one episode in each of E environments.
 
     Episode i starts from seed 1000 + i in every script: comparisons are paired. All episodes that are still
     going share one forward pass.
     """
     observations = [env.reset(seed=1000 + i)[0] for i, env in enumerate(envs)]
-    returns, active = np.zeros(len(envs)), list(range(len(envs)))
+    rewards, active = [[] for _ in envs], list(range(len(envs)))
     while active:
         batch = np.stack([observations[i] for i in active])
         actions = actor.mode(torch.as_tensor(batch, dtype=torch.float32, device=device)).cpu().numpy()
@@ -329,10 +336,10 @@ def evaluate(actor: Actor, envs: list[gym.Env], device: torch.device | str) -> n
             fail("the policy's actions are not finite: training diverged; lower the learning rates")
         for i, action in zip(tuple(active), actions):
             observations[i], reward, terminated, truncated, _ = envs[i].step(action)
-            returns[i] += reward
+            rewards[i].append(reward)
             if terminated or truncated:
                 active.remove(i)
-    return returns
+    return [np.array(episode) for episode in rewards]
 
 
 def code_version() -> str:
@@ -441,7 +448,7 @@ def collect(args: RecordArgs, references: tuple[float, float]) -> tuple[list[dic
         finished = buffer.size >= args.max_steps
         if buffer.size >= next_eval or finished:
             next_eval = (buffer.size // args.eval_every + 1) * args.eval_every
-            returns = evaluate(agent.actor, eval_envs, args.device)
+            returns = np.array([r.sum() for r in evaluate(agent.actor, eval_envs, args.device)])
             evaluations = 100 * (returns - references[0]) / (references[1] - references[0])
             score = evaluations.mean()
             bar.write(f"step {buffer.size:>8,}  episodes {len(episodes):>6,}  normalised score {score:6.1f}")

@@ -98,12 +98,16 @@ class Args:
     """critics in the ensemble; the actor follows the minimum of 2, the mean of more"""
     critic_activation: Literal["relu", "silu"] = "silu"  # a ReLU critic has a piecewise-constant grad_a Q
     """activation of the critics' hidden layers"""
+    critic_layer_norm: bool = False
+    """LayerNorm before the activation of the critics' hidden layers"""
 
     # optimiser
     offline_optimizer: Literal["muon", "adam"] = "muon"
     """optimiser of the hidden weight matrices offline; all other parameters take Adam"""
     online_optimizer: Literal["muon", "adam"] = "muon"
     """the same online; optimiser states start fresh at the handover"""
+    muon_layers: Literal["hidden", "input"] = "hidden"
+    """hidden-to-hidden weights alone, or those of the input layers too"""
     muon_lr: float = 1e-3
     """Muon learning rate, in the convention 0.2 sqrt(max(rows, cols)) that matches Adam's step size"""
     actor_lr: float = 3e-4
@@ -132,8 +136,25 @@ class Args:
     """gradient updates of the offline phase"""
     kappa: float = 1.0
     """weight of the score-matching term; 0 leaves it out (plain offline SAC)"""
-    score_actions: Literal["dataset", "noised", "policy"] = "dataset"
-    """where grad_a Q meets the score: recorded actions, the same noised to a random level, the policy's"""
+    score_actions: Literal["dataset", "noised", "policy", "mixed"] = "dataset"
+    """where grad_a Q meets the score: recorded actions, the same noised to a random level, the policy's, or
+    the policy's in half of the batch"""
+    outcome_quantile: float = 0.0
+    """outcome w of the scores: this quantile of the dataset's; 0: each transition's own"""
+    match: Literal["mean", "each"] = "mean"
+    """grad_a of the critics' mean, or of each critic, is held to the score"""
+    alpha_psi: Literal["learned", "temperature"] = "learned"
+    """scale of the score: a small network trained by L_SM, or the temperature alpha"""
+    score_control: Literal["none", "zero", "shuffled"] = "none"
+    """control: 0, or the score of another transition, in the place of the score"""
+    offline_alpha: float = 0.0
+    """temperature of the offline phase; 0: automatic"""
+    reset_alpha: bool = False
+    """start the online phase from temperature 1 and not from the offline one"""
+    best_episodes: float = 1.0
+    """share of the recording's episodes to keep, those with the highest returns"""
+    data_fraction: float = 1.0
+    """share of these episodes to keep, at random"""
     mask_bounds: bool = False
     """leave out action coordinates within 2 sigma_1 of the bounds, where a smoothed score points inward"""
 
@@ -309,6 +330,19 @@ def load_dataset(dataset_id: str, download: bool = False) -> Dataset:
     return Dataset(columns, columns.pop("ends"), metadata, checksum)
 
 
+def select_episodes(data: Dataset, best: float, share: float, seed: int) -> Dataset:
+    """The dataset cut to its share `best` of highest returns, and of these to a random `share`."""
+    if best == share == 1:
+        return data
+    order = np.argsort(-data.returns(), kind="stable")[: max(1, round(best * len(data.ends)))]
+    random = np.random.default_rng(stream_seed(seed, "selection"))
+    kept = np.sort(random.permutation(order)[: max(1, round(share * len(order)))])
+    starts = np.r_[0, data.ends[:-1]]
+    rows = np.concatenate([np.arange(starts[i], data.ends[i]) for i in kept])
+    columns = {name: column[rows] for name, column in data.columns.items()}
+    return data._replace(columns=columns, ends=np.cumsum(data.ends[kept] - starts[kept]))
+
+
 def returns_to_go(rewards, terminations, ends, gamma: float) -> np.ndarray:
     """G_t = r_t + gamma G_(t+1) within each episode, (T,); rewards (T,) as the TD target sees them.
 
@@ -375,19 +409,25 @@ class MLP(nn.Module):
     is no observation): part of the network, so that a saved policy can't lose them.
     """
 
-    def __init__(self, n: int, sizes: list[int], activation: str = "relu"):
+    def __init__(self, n: int, sizes: list[int], activation: str = "relu", layer_norm: bool = False):
         super().__init__()
         self.n, self.activation = n, {"relu": torch.relu_, "silu": F.silu}[activation]
         draw = lambda fan_in, *shape: torch.empty(shape).uniform_(-(fan_in**-0.5), fan_in**-0.5)
         self.weights = nn.ParameterList([draw(i, n, i, o) for i, o in pairwise(sizes)])
         self.biases = nn.ParameterList([draw(i, n, 1, o) for i, o in pairwise(sizes)])
+        normed = sizes[1:-1] if layer_norm else []  # LayerNorm stands before the activation
+        self.gains = nn.ParameterList([torch.ones(n, 1, o) for o in normed])
+        self.shifts = nn.ParameterList([torch.zeros(n, 1, o) for o in normed])
         self.register_buffer("mean", torch.zeros(sizes[0]))
         self.register_buffer("std", torch.ones(sizes[0]))
 
     def forward(self, x: Tensor) -> Tensor:
         x = ((x - self.mean) / self.std).expand(self.n, -1, -1)
-        for weight, bias in zip(self.weights[:-1], self.biases[:-1]):
-            x = self.activation(torch.baddbmm(bias, x, weight))  # (N, B, H)
+        for i, (weight, bias) in enumerate(zip(self.weights[:-1], self.biases[:-1])):
+            x = torch.baddbmm(bias, x, weight)  # (N, B, H)
+            if self.gains:
+                x = F.layer_norm(x, x.shape[-1:]) * self.gains[i] + self.shifts[i]
+            x = self.activation(x)
         if self.weights[-1].shape[-1] == 1:  # a scalar is a dot product, for which a matrix product is slow
             return (x * self.weights[-1].mT).sum(-1, keepdim=True) + self.biases[-1]
         return torch.baddbmm(self.biases[-1], x, self.weights[-1])
@@ -429,9 +469,9 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     """N critics Q_i(s, a) as one stacked ensemble."""
 
-    def __init__(self, n: int, obs_dim: int, act_dim: int, hidden_sizes: tuple[int, ...], activation: str):
+    def __init__(self, n: int, obs_dim: int, act_dim: int, hidden_sizes, activation: str, layer_norm=False):
         super().__init__()
-        self.net = MLP(n, [obs_dim + act_dim, *hidden_sizes, 1], activation)
+        self.net = MLP(n, [obs_dim + act_dim, *hidden_sizes, 1], activation, layer_norm)
 
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
         """q (N, B) for observations (B, O) and actions (B, A), or (N, B, A): one action for each critic."""
@@ -446,6 +486,9 @@ def q_and_action_gradient(critic: Critic, observations: Tensor, actions: Tensor)
     The same numbers as autograd through its own backward pass, in three quarters of the time.
     """
     net, slopes = critic.net, []
+    if net.gains:  # LayerNorm: by autograd
+        q, pullback = torch.func.vjp(partial(critic, observations), actions.expand(net.n, -1, -1))
+        return q, pullback(torch.ones_like(q))[0]
     x = ((torch.cat([observations, actions], dim=-1) - net.mean) / net.std).expand(net.n, -1, -1)
     for weight, bias in zip(net.weights[:-1], net.biases[:-1]):
         z = torch.baddbmm(bias, x, weight)
@@ -462,9 +505,10 @@ def q_and_action_gradient(critic: Critic, observations: Tensor, actions: Tensor)
 class Agent(nn.Module):
     """What is handed from offline to online: actor, critics, target critics and the temperature alpha."""
 
-    def __init__(self, obs_dim: int, act_dim: int, hidden_sizes, num_critics=2, critic_activation="relu"):
+    def __init__(self, obs_dim: int, act_dim: int, hidden_sizes, num_critics=2, critic_activation="relu",
+                 critic_layer_norm=False):  # fmt: skip
         super().__init__()
-        critic = (num_critics, obs_dim, act_dim, hidden_sizes, critic_activation)
+        critic = (num_critics, obs_dim, act_dim, hidden_sizes, critic_activation, critic_layer_norm)
         self.actor = Actor(obs_dim, act_dim, hidden_sizes)
         self.critic, self.target_critic = Critic(*critic), Critic(*critic).requires_grad_(False)
         self.target_critic.load_state_dict(self.critic.state_dict())
@@ -556,7 +600,8 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimizers(agent: Agent, kind: str, args: Args, score_scale: Iterable[Tensor] = ()) -> list:
     """Fresh optimisers: Muon for the hidden-to-hidden weights if `kind` says so, Adam for everything else."""
-    hidden = [*agent.critic.net.weights[1:-1], *agent.actor.net.weights[1:-1]] if kind == "muon" else []
+    first, nets = int(args.muon_layers == "hidden"), (agent.critic.net, agent.actor.net)
+    hidden = [w for net in nets for w in net.weights[first:-1]] if kind == "muon" else []
     rest = lambda params: [p for p in params if all(p is not h for h in hidden)]
     slow = {"params": rest([*agent.actor.parameters(), agent.log_alpha]), "lr": args.actor_lr}
     fast = {"params": rest([*agent.critic.parameters(), *score_scale]), "lr": args.critic_lr}
@@ -598,7 +643,7 @@ def denoising_loss(predicted: Tensor, noise: Tensor) -> Tensor:
 def score_matching_loss(grad_q: Tensor, score: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
     """L_SM = E|| grad_a Q(s,a) - alpha_psi(s) score(s,a,w) ||^2, summed over actions, mean over the batch.
 
-    grad_q (B, A), the mean of the critics; score (B, A); scale = alpha_psi (B, 1); weight (B, A) of 0 and 1.
+    grad_q (B, A), or (N, B, A) for each critic; score (B, A); scale = alpha_psi (B, 1); weight (B, A): 0, 1.
     """
     return (weight * (grad_q - scale * score) ** 2).sum(-1).mean()
 
@@ -654,7 +699,8 @@ def score_targets(score_net: ScoreNet, actor: Actor, batch: dict[str, Tensor], w
             levels = torch.randint_like(levels, len(score_net.sigma))
             points = score_net.noise(points, levels)[0] / (1 - score_net.sigma[levels, None] ** 2).sqrt()
         else:
-            points = actor.sample(batch["observations"])[0]
+            recorded = points[: len(points) // 2 if where == "mixed" else 0]
+            points = torch.cat([recorded, actor.sample(batch["observations"])[0][len(recorded) :]])
         return points, score_net.score(batch["observations"], points, batch["outcomes"], levels)
 
 
@@ -662,18 +708,19 @@ def smac_critic_gradients(agent: Agent, score_scale: MLP, score_net: ScoreNet, b
     """Puts the gradient of L_AC + kappa L_SM into `.grad` of the critics and of alpha_psi."""
     observations, actions = batch["observations"], batch["actions"]
     points, score = score_targets(score_net, agent.actor, batch, args.score_actions)
-    q, grad_q = q_and_action_gradient(agent.critic, observations, points)
-    grad_q = grad_q.mean(dim=0)  # (N, B, A) -> (B, A)
+    score = {"none": score, "zero": 0 * score, "shuffled": score.roll(1, dims=0)}[args.score_control]
+    q, grad_q = q_and_action_gradient(agent.critic, observations, points)  # (N, B), (N, B, A)
+    grad_q = grad_q.mean(dim=0) if args.match == "mean" else grad_q
     if points is not actions:
         q = agent.critic(observations, actions)
     alpha_psi = F.softplus(score_scale(observations)).squeeze(0)  # (B, 1)
+    alpha_psi = agent.log_alpha.exp().detach() if args.alpha_psi == "temperature" else alpha_psi
     near_bounds = (points.abs() > 1 - 2 * args.score_sigma).float()
     weight = 1 - near_bounds if args.mask_bounds else torch.ones_like(points)
     loss_td = td_loss(q, bellman_target(agent, batch, args.gamma))
     loss_sm = score_matching_loss(grad_q, score, alpha_psi, weight)
     (loss_td + args.kappa * loss_sm).backward(inputs=[*agent.critic.parameters(), *score_scale.parameters()])
-    cosine = F.cosine_similarity(grad_q.detach(), score, dim=-1)
-    metrics = {"critic_loss": loss_td, "score_matching_loss": loss_sm, "q": q.mean(), "cosine": cosine.mean(),
+    metrics = {"critic_loss": loss_td, "score_matching_loss": loss_sm, "q": q.mean(),
                "alpha_psi": alpha_psi.mean(), "near_bounds": near_bounds.mean()}  # fmt: skip
     return {name: value.detach() for name, value in metrics.items()}
 
@@ -715,14 +762,14 @@ PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "minari")  # their versions
 
 
 @torch.no_grad()
-def evaluate(actor: Actor, envs: list[gym.Env], device: torch.device | str) -> np.ndarray:
-    """Undiscounted returns (E,) of the deterministic policy, one episode in each of E environments.
+def evaluate(actor: Actor, envs: list[gym.Env], device: torch.device | str) -> list[np.ndarray]:
+    """Rewards (T,) of the deterministic policy, one episode in each of E environments.
 
     Episode i starts from seed 1000 + i in every script: comparisons are paired. All episodes that are still
     going share one forward pass.
     """
     observations = [env.reset(seed=1000 + i)[0] for i, env in enumerate(envs)]
-    returns, active = np.zeros(len(envs)), list(range(len(envs)))
+    rewards, active = [[] for _ in envs], list(range(len(envs)))
     while active:
         batch = np.stack([observations[i] for i in active])
         actions = actor.mode(torch.as_tensor(batch, dtype=torch.float32, device=device)).cpu().numpy()
@@ -730,10 +777,10 @@ def evaluate(actor: Actor, envs: list[gym.Env], device: torch.device | str) -> n
             fail("the policy's actions are not finite: training diverged; lower the learning rates")
         for i, action in zip(tuple(active), actions):
             observations[i], reward, terminated, truncated, _ = envs[i].step(action)
-            returns[i] += reward
+            rewards[i].append(reward)
             if terminated or truncated:
                 active.remove(i)
-    return returns
+    return [np.array(episode) for episode in rewards]
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -748,6 +795,39 @@ def load_checkpoint(path: Path) -> dict:
     return state
 
 
+@torch.no_grad()
+def diagnose(run: "Run", modules: dict[str, nn.Module], rewards: list[np.ndarray]) -> dict[str, float]:
+    """What the mechanism shows, on 2,000 transitions of episodes that the score estimator has not seen.
+
+    cosine_*: mean cosine between grad_a Q(s,a), Q the critics' mean, and score(s,a,w), at recorded and at the
+    policy's actions; grad_q_*: mean |grad_a Q|; q_*: mean Q; q_start: mean Q(s_0, tanh mean) where the
+    evaluation began, and discounted_return: mean sum_t gamma^t r_t it then got; entropy: -E[log pi(a|s)].
+    """
+    agent, score_net, columns, device = modules["agent"], modules["score_net"], run.data.columns, run.device
+    rows = np.flatnonzero(held_out(run.data)) if held_out(run.data).any() else np.arange(len(run.outcomes))
+    rows = rows[np.linspace(0, len(rows) - 1, 2_000).astype(int)]
+    tensor = lambda array: torch.as_tensor(array, dtype=torch.float32, device=device)
+    s, a, w = (tensor(x[rows]) for x in (columns["observations"], columns["actions"], run.outcomes))
+    with torch.random.fork_rng():  # training draws the same numbers with and without evaluations
+        policy_actions, log_prob = agent.actor.sample(s)
+    starts = tensor(np.stack([env.reset(seed=1000 + i)[0] for i, env in enumerate(run.envs)]))
+    discounted = [np.sum(run.data.reward(r) * run.args.gamma ** np.arange(len(r))) for r in rewards]
+    found = {"alpha": agent.log_alpha.exp(), "alpha_psi": math.nan, "entropy": -log_prob.mean(),
+             "q_start": agent.critic(starts, agent.actor.mode(starts)).mean(),
+             "discounted_return": np.mean(discounted)}  # fmt: skip
+    if "score_scale" in modules:
+        found["alpha_psi"] = F.softplus(modules["score_scale"](s)).mean()
+    for where, actions in (("dataset", a), ("policy", policy_actions)):
+        q, grad_q = q_and_action_gradient(agent.critic, s, actions)
+        grad_q = grad_q.mean(dim=0)
+        found |= {f"q_{where}": q.mean(), f"grad_q_{where}": grad_q.norm(dim=-1).mean()}
+        found[f"cosine_{where}"] = math.nan
+        if isinstance(score_net, ScoreNet):
+            score = score_net.score(s, actions, w, torch.zeros(len(s), dtype=torch.long, device=device))
+            found[f"cosine_{where}"] = F.cosine_similarity(grad_q, score, dim=-1).mean()
+    return {name: float(value) for name, value in found.items()}
+
+
 class Run:
     """A run's directory and all that is written there; `state` is the checkpoint it goes on from, or {}."""
 
@@ -760,6 +840,7 @@ class Run:
         self.saved_at, self.began = time.monotonic(), time.monotonic() - state.get("seconds", 0.0)
         self.metrics, self.rates, self.updates, self.evaluating, self.stopping = {}, {}, 0, 0.0, False
         self.boundary, self.extras = True, {}  # online: between two episodes? where in which episode?
+        self.outcomes = outcomes(data, args.gamma)
         self.online, self.stored, self.crc = None, 0, 0  # replay; rows and checksum of online_buffer.bin
         self.writer = SummaryWriter(directory)
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -820,14 +901,17 @@ class Run:
         if self.device.type == "cuda":
             torch.cuda.synchronize()  # updates under way are not the evaluation's time
         began = time.monotonic()
-        returns = evaluate(self.modules["agent"].actor, self.envs, self.device).tolist()
+        rewards = evaluate(self.modules["agent"].actor, self.envs, self.device)
+        returns, found = [float(episode.sum()) for episode in rewards], diagnose(self, self.modules, rewards)
         mean, score = float(np.mean(returns)), self.data.score(float(np.mean(returns)))
         row = dict(phase=self.phase, step=step, updates=self.updates, return_mean=mean, score=score)
-        row |= {"seconds": round(began - self.began, 1)} | {f"return_{i}": r for i, r in enumerate(returns)}
+        row |= {"seconds": round(began - self.began, 1)} | found
+        row |= {f"return_{i}": r for i, r in enumerate(returns)}
         self.rows = [*self.rows, row]
         lines = [",".join(map(str, line)) + "\n" for line in (row, *(r.values() for r in self.rows))]
         write_atomically(self.directory / "metrics.csv", lambda path: path.write_text("".join(lines)))
-        self.log(step, {"return": mean, "normalised_score": score})
+        new = {k: x for k, x in found.items() if not (math.isnan(x) or k in self.metrics)}
+        self.log(step, {"return": mean, "normalised_score": score} | new)
         self.bar.write(f"{self.phase:<8} step {step:>9,}   return {mean:9.1f}   score {score:6.1f}")
         self.bar.set_postfix_str(f"score {score:.1f}")
         self.evaluating += time.monotonic() - began
@@ -941,6 +1025,7 @@ def report(run: Run) -> None:
     axes.set_title(f"{run.args.env_id}: SMAC, then SAC; seed {run.args.seed}")
     axes.legend(fontsize=8)
     write_atomically(run.directory / "learning_curve.png", partial(figure.savefig, dpi=120, format="png"))
+    plt.close(figure)
 
     lines = {"mean score of the dataset": f"{mean:.1f}"}
     if run.rows[-1]["phase"] == "online":
@@ -971,6 +1056,12 @@ def outcomes(data: Dataset, gamma: float) -> np.ndarray:
     return (w - w.mean()) / (w.std() + 1e-6)
 
 
+def held_out(data: Dataset) -> np.ndarray:
+    """Which transitions belong to the episodes that the score estimator does not see, every 20th, (T,)."""
+    episode = np.searchsorted(data.ends, np.arange(data.ends[-1]), side="right")
+    return episode % 20 == (min(10, len(data.ends) - 1) or -1)
+
+
 def transitions(data: Dataset) -> list[np.ndarray]:
     """The columns of `transition_widths`, with the rewards that the losses see."""
     return [data.reward(c) if name == "rewards" else c for name, c in data.columns.items()]
@@ -984,11 +1075,9 @@ def fit_score_estimator(run: Run) -> ScoreNet:
     score_net = ScoreNet(*sizes, args.score_hidden_sizes, args.score_levels, args.score_sigma).to(device)
     set_statistics(score_net, data)
     adam = torch.optim.Adam(score_net.parameters(), lr=args.score_lr, fused=True)
-    columns = data.columns["observations"], data.columns["actions"], outcomes(data, args.gamma)
-    episode = np.searchsorted(data.ends, np.arange(data.ends[-1]), side="right")
+    columns = data.columns["observations"], data.columns["actions"], run.outcomes
     buffers = []
-    for held_out in (False, True):  # every 20th episode is held out
-        rows = (episode % 20 == (min(10, len(data.ends) - 1) or -1)) == held_out
+    for rows in (~held_out(data), held_out(data)):
         widths = dict(observations=sizes[0], actions=sizes[1], outcomes=0)
         buffers.append(ReplayBuffer(widths, rows.sum(), device))
         buffers[-1].add(*(column[rows] for column in columns))
@@ -1027,13 +1116,15 @@ def train_offline(run: Run, score_net: ScoreNet | None) -> Agent:
     args, data, device = run.args, run.data, run.device
     torch.manual_seed(stream_seed(args.seed, "offline"))
     sizes = (run.spec["obs_dim"], run.spec["act_dim"])
-    agent = Agent(*sizes, args.hidden_sizes, args.num_critics, args.critic_activation).to(device)
+    critic = args.num_critics, args.critic_activation, args.critic_layer_norm
+    agent = Agent(*sizes, args.hidden_sizes, *critic).to(device)
     score_scale = MLP(1, [sizes[0], 64, 1], "silu").to(device)  # alpha_psi(s), before its softplus
     modules = {"agent": agent, "score_scale": score_scale, "score_net": score_net or nn.Module()}
     set_statistics(agent, data)
     set_statistics(score_scale, data)
     optimizers = make_optimizers(agent, args.offline_optimizer, args, score_scale.parameters())
-    w = outcomes(data, args.gamma)
+    w, quantile = run.outcomes, args.outcome_quantile
+    w = np.full_like(w, np.quantile(w, quantile)) if quantile else w
     buffer = ReplayBuffer(transition_widths(*sizes) | dict(outcomes=0, scores=sizes[1]), len(w), device)
     buffer.add(*transitions(data), w, np.zeros((len(w), sizes[1])))
     # the scores of the dataset's own (s, a, w), once
@@ -1050,6 +1141,8 @@ def train_offline(run: Run, score_net: ScoreNet | None) -> Agent:
             metrics = critic_gradients(agent, batch, args.gamma)
         metrics |= actor_gradients(agent, batch)
         apply_gradients(agent, optimizers, args.tau)
+        if args.offline_alpha:
+            agent.log_alpha.data.fill_(math.log(args.offline_alpha))
         return metrics
 
     update = captured(update, optimizers, args.compile)
@@ -1063,6 +1156,8 @@ def train_online(run: Run, agent: Agent, score_net: ScoreNet | None) -> None:
     args, data, device = run.args, run.data, run.device
     torch.manual_seed(stream_seed(args.seed, "online"))
     optimizers = make_optimizers(agent, args.online_optimizer, args)
+    if args.reset_alpha:
+        agent.log_alpha.data.zero_()
     modules = {"agent": agent, "score_net": score_net or nn.Module()}
     widths = transition_widths(run.spec["obs_dim"], run.spec["act_dim"])
     offline, online = (ReplayBuffer(widths, size, device) for size in (data.ends[-1], args.online_steps))
@@ -1142,6 +1237,7 @@ def main() -> None:
     task_dataset, env_spec, kwargs = TASKS.get(args.env_id, (args.env_id, None, {}))
     dataset_id = args.dataset_id or task_dataset
     data = load_dataset(dataset_id, args.download)
+    data = select_episodes(data, args.best_episodes, args.data_fraction, args.seed)
     if env_spec is None:  # a Minari dataset knows its own environment
         import minari
 

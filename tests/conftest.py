@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,6 +23,11 @@ def load(name: str, path: Path) -> ModuleType:
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def returns_of(script: ModuleType, *arguments) -> np.ndarray:
+    """Returns (E,) of the episodes of script.evaluate(*arguments)."""
+    return np.array([rewards.sum() for rewards in script.evaluate(*arguments)])
 
 
 @pytest.fixture(scope="session")

@@ -451,21 +451,75 @@ def test_smac_critic_gradients_are_those_of_the_loss_plainly_written(smac, num_c
     assert all(p.grad is None for p in [*agent.actor.parameters(), agent.log_alpha])
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [dict(match="mean"), dict(match="each"), dict(alpha_psi="temperature"), dict(score_control="zero"),
+     dict(score_control="shuffled"), dict(score_control="shuffled", match="each", alpha_psi="temperature")],
+)  # fmt: skip
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_variants_and_controls_are_the_loss_with_one_thing_changed(smac, settings, layer_norm):
+    agent, score_scale, _, batch = setup = double_setup(smac)
+    if layer_norm:
+        agent.critic = smac.Critic(2, OBS, ACT, (5, 5), "silu", layer_norm=True).double()
+        agent.target_critic.load_state_dict(agent.critic.state_dict(), strict=False)
+    args = smac.Args(kappa=1.0, **settings)
+    found = smac_gradients(smac, setup, args)
+    found = [b - a for a, b in zip(smac_gradients(smac, setup, smac.Args(kappa=0.0)), found, strict=True)]
+
+    s, points = batch["observations"], batch["actions"].clone().requires_grad_(True)
+    q = agent.critic(s, points)
+    each = torch.stack([torch.autograd.grad(q_i.sum(), points, create_graph=True)[0] for q_i in q])
+    score = batch["scores"]
+    if settings.get("score_control") == "zero":
+        score = torch.zeros_like(score)
+    if settings.get("score_control") == "shuffled":
+        score = torch.cat([score[-1:], score[:-1]])  # every transition gets another's
+    scale = F.softplus(score_scale(s)[0])
+    scale = 0.5 if "alpha_psi" in settings else scale  # the agent's temperature, which L_SM doesn't train
+    squares = [
+        ((g - scale * score) ** 2).sum(1).mean()
+        for g in (each if settings.get("match") == "each" else [each.mean(0)])
+    ]
+    params = [*agent.critic.parameters(), *score_scale.parameters()]
+    expected = torch.autograd.grad(sum(squares) / len(squares), params, allow_unused=True)
+    for p, grad, other in zip(params, found, expected, strict=True):
+        close(grad, torch.zeros_like(p) if other is None else other, rtol=1e-6, atol=1e-8)
+    assert agent.log_alpha.grad is None
+
+
+def test_half_of_the_mixed_points_are_recorded_and_half_the_policys(smac):
+    agent, _, score_net, batch = double_setup(smac)
+    points, score = smac.score_targets(score_net, agent.actor, batch, "mixed")
+    policys = agent.actor.mode(batch["observations"])
+    close(points[:3], batch["actions"][:3])
+    close(points[3:], policys[3:])
+    level_1 = torch.zeros(6, dtype=torch.long)
+    close(score, score_net.score(batch["observations"], points, batch["outcomes"], level_1))
+
+
 @pytest.mark.parametrize("activation, f", [("relu", torch.relu), ("silu", F.silu)])
 @pytest.mark.parametrize("hidden_sizes", [(5,), (5, 7), (4, 5, 6)])
 @pytest.mark.parametrize("num_critics", [1, 2, 4])
+@pytest.mark.parametrize("layer_norm", [False, True])
 def test_the_chain_rule_equals_autograd_through_its_backward_pass(
-    smac, num_critics, hidden_sizes, activation, f
+    smac, layer_norm, num_critics, hidden_sizes, activation, f
 ):
-    critic = smac.Critic(num_critics, OBS, ACT, hidden_sizes, activation).double()
+    critic = smac.Critic(num_critics, OBS, ACT, hidden_sizes, activation, layer_norm).double()
+    for p in [*critic.net.gains, *critic.net.shifts]:
+        p.data = 1 + torch.rand_like(p)
     critic.net.mean[:OBS], critic.net.std[:] = 0.7, torch.linspace(0.5, 2.0, OBS + ACT)
     s, a = torch.randn(9, OBS).double(), torch.randn(9, ACT).double()
     found = smac.q_and_action_gradient(critic, s, a)
 
     points = a.clone().requires_grad_(True)
     x = ((torch.cat([s, points], -1) - critic.net.mean) / critic.net.std).expand(num_critics, -1, -1)
-    for weight, bias in zip(critic.net.weights[:-1], critic.net.biases[:-1]):
-        x = f(x @ weight + bias)
+    for i, (weight, bias) in enumerate(zip(critic.net.weights[:-1], critic.net.biases[:-1])):
+        x = x @ weight + bias
+        if layer_norm:
+            centred = x - x.mean(-1, keepdim=True)
+            x = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+            x = x * critic.net.gains[i] + critic.net.shifts[i]
+        x = f(x)
     q = (x @ critic.net.weights[-1] + critic.net.biases[-1]).squeeze(-1)
     gradients = [torch.autograd.grad(q_i.sum(), points, create_graph=True)[0] for q_i in q]
     for value, plain in zip(found, (q, torch.stack(gradients)), strict=True):
@@ -758,6 +812,20 @@ def test_stack_equals_separate_networks_on_normalised_inputs(smac, name, layer):
         net = nn.Sequential(linear[0], layer(), linear[1], layer(), linear[2])
         close(mlp(x)[i], net((x[i] - mlp.mean) / mlp.std), atol=1e-5)
         close(mlp(x[0])[i], net((x[0] - mlp.mean) / mlp.std), atol=1e-5)  # (B, I): the same for all
+
+
+def test_layer_norm_stands_before_the_activation(smac):
+    sizes, n = [4, 6, 5, 2], 3
+    mlp, x = smac.MLP(n, sizes, "relu", layer_norm=True), torch.randn(7, 4)
+    for p in [*mlp.gains, *mlp.shifts]:
+        p.data = torch.randn_like(p)
+    for i in range(n):
+        y = x
+        for layer, width in enumerate(sizes[1:-1]):
+            norm = nn.LayerNorm(width)
+            norm.weight.data, norm.bias.data = mlp.gains[layer][i, 0].data, mlp.shifts[layer][i, 0].data
+            y = torch.relu(norm(y @ mlp.weights[layer][i] + mlp.biases[layer][i]))
+        close(mlp(x)[i], y @ mlp.weights[2][i] + mlp.biases[2][i], atol=1e-5)
 
 
 def test_weights_and_biases_are_drawn_as_by_nn_linear(smac):

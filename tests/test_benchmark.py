@@ -103,15 +103,17 @@ def test_the_table_follows_from_the_csv(benchmark, measured, tmp_path):
         "turn,phase,script,width,batch,threads,optimizer,graphs,together,copies,commit,updates_per_second,"
     )
     header += "product_ms,share,first_update,memory_mb,cpu,gpu,torch,python\n"
-    rows = [f"{turn},offline,s.py,256,64,2,muon,False,1,10,,{rate},10,0.5,3,100,chip,,2.13,3.11\n"
-            for turn, rate in ((1, 20), (2, 90), (3, 30))]  # fmt: skip
+    rows = [f"{turn},{phase},s.py,256,64,2,muon,False,1,10,,{rate},{1e3 / rate},0.5,3,100,chip,,2.13,3.11\n"
+            for turn, rate in ((1, 20), (2, 90), (3, 40)) for phase in ("offline", "online")]  # fmt: skip
     (tmp_path / "speed.csv").write_text(header + "".join(rows))
     text = benchmark.tables(tmp_path)
-    assert text.startswith("chip; torch 2.13, Python 3.11\n")
     assert (
-        "| 2x256, 64 | muon | 2 threads, 10 times the data | offline | 30 | 100 | 50% | 3.0 s | 100 MB |"
-        in text
+        text.startswith("chip; torch 2.13, Python 3.11\n") and "updates per second: offline, online" in text
     )
+    row = (
+        "| 2x256, 64 | muon | 2 threads, 10 times the data | 40 / 40 | 40 / 40 | 50% / 50% | 3.0 s | 100 MB |"
+    )
+    assert row in text
 
 
 def test_a_failed_measurement_ends_with_its_last_words(benchmark):
@@ -168,3 +170,91 @@ def test_the_update_of_a_clone_is_run_as_it_stands(benchmark, tmp_path, monkeypa
     update()
     update()
     assert os.environ["SAMPLED"] == "41 of 10000 in 10000;42 of 10000 in 10000;"
+
+
+# === Studies ===============================================================================================
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+from types import SimpleNamespace
+import numpy as np
+
+TASKS = {"task": ("dataset", "Env-v0", {})}
+load_dataset = lambda name: SimpleNamespace(returns=lambda: np.array([10.0, 30.0]), score=lambda x: x)
+select_episodes = lambda data, best, share, seed: data
+summarize = lambda rows, data, every: dict(
+    offline=rows[0]["score"], drop=1.5, final=rows[-1]["score"], regret=0.25, smooth=rows[-1]["score"] > 3)
+
+if __name__ == "__main__":
+    flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+    with open(flags["--log"], "a") as file:
+        file.write(flags["--seed"] + "\\n")
+    tries = open(flags["--log"]).read().split().count(flags["--seed"])
+    if flags.get("--fail") == "always" or (flags.get("--fail") == "once" and tries < 2):
+        print("it broke here")
+        raise SystemExit(1)
+    directory = Path("runs/one")
+    directory.mkdir(parents=True)
+    config = dict(resolved_device="cpu", dataset_checksum="c" * 64, args=dict(eval_every=500))
+    (directory / "config.json").write_text(json.dumps(config))
+    names = "phase,step,score,cosine_dataset,cosine_policy,q_policy,alpha,alpha_psi"
+    rows = [f"offline,8,{flags['--seed']},0.5,0.25,-3.25,0.125,nan", "online,9,4.123456789,0,0,0,0,nan"]
+    (directory / "metrics.csv").write_text("\\n".join([names, *rows]) + "\\n")
+"""
+
+
+@pytest.fixture
+def study(benchmark, tmp_path):
+    """Runs a study with these flags by variant; returns its folder."""
+
+    def start(**variants):
+        (tmp_path / "script.py").write_text(SCRIPT)
+        lines = [f'{name} = "{flags} --log {tmp_path / name}.log"' for name, flags in variants.items()]
+        (tmp_path / "plan.toml").write_text("\n".join(["[task]", *lines]) + "\n")
+        script = str(tmp_path / "script.py")
+        benchmark.run_study(benchmark.Study(str(tmp_path), seeds=(2, 6), workers=2, script=script))
+        return tmp_path
+
+    return start
+
+
+def test_a_study_leaves_a_csv_with_its_origin_for_every_run(benchmark, study, capsys):
+    folder = study(plain="", other="--kappa 0")
+    assert {path.name for path in folder.glob("task/*")} == {
+        f"{variant}__{seed}.csv" for variant in ("plain", "other") for seed in (2, 6)
+    }
+    with open(folder / "task" / "other__6.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["phase"] for row in rows] == ["offline", "online"]
+    for row in rows:
+        origin = [row[key] for key in ("variant", "seed", "device", "dataset", "eval_every")]
+        assert origin == ["other", "6", "cpu", "c" * 16, "500"]
+        assert row["code"] and row["flags"].startswith("--kappa 0 ")
+    text = capsys.readouterr().out
+    assert "| 2 6 | 4.0 ± 2.0 | 1.5 ± 0.0 | 4.1 ± 0.0 | 0.250 ± 0.000 | 2 of 2 | 0.50 ± 0.00 |" in text
+    assert text.index("| plain |") < text.index("| other |")  # in the plan's order
+
+
+def test_a_study_goes_on_where_it_was_stopped(study):
+    folder = study(plain="")
+    (folder / "task" / "plain__6.csv").unlink()
+    study(plain="")
+    assert sorted((folder / "plain.log").read_text().split()) == ["2", "6", "6"]
+
+
+def test_a_failed_run_is_tried_again_and_then_reported(study, capsys):
+    with pytest.raises(SystemExit, match="2 runs failed"):
+        study(broken="--fail always", plain="")
+    text = capsys.readouterr().out
+    assert "it broke here" in text and "broken__2.csv: FAILED" in text
+    folder = study(shaky="--fail once")
+    assert (
+        sorted((folder / "shaky.log").read_text().split()) == ["2", "2", "6", "6"]
+        and (folder / "task" / "plain__2.csv").exists()
+    )
+
+
+def test_a_study_without_a_plan_is_one_sentence(benchmark, tmp_path):
+    with pytest.raises(SystemExit, match="a study begins with its plan"):
+        benchmark.run_study(benchmark.Study(str(tmp_path)))

@@ -9,6 +9,7 @@ What it can't: that the term is needed for a good return. The recording is so br
 import numpy as np
 import pytest
 import torch
+from conftest import returns_of
 
 STEPS = 4_000
 
@@ -41,12 +42,12 @@ def behaviour_cloning(smac, run, steps=1_500):
         adam.zero_grad()
         loss.backward()
         adam.step()
-    return smac.evaluate(actor, run.envs, "cpu")
+    return returns_of(smac, actor, run.envs, "cpu")
 
 
 def test_offline_beats_behaviour_cloning(smac, trained):
     run, _, agent = trained
-    difference = smac.evaluate(agent.actor, run.envs, "cpu") - behaviour_cloning(
+    difference = returns_of(smac, agent.actor, run.envs, "cpu") - behaviour_cloning(
         smac, run
     )  # same start states
     standard_error = difference.std(ddof=1) / len(difference) ** 0.5

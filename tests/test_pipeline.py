@@ -20,6 +20,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from conftest import returns_of
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = "--env-id pendulum-medium-replay --hidden-sizes 16 16 --score-hidden-sizes 16 16 --batch-size 32 "
@@ -105,7 +106,7 @@ def assert_equal(one, other, where="") -> None:
         for i, (a, b) in enumerate(zip(one, other)):
             assert_equal(a, b, f"{where}/{i}")
     else:
-        assert one == other, where
+        assert one == other or (one != one and other != other), where  # NaN: not known
 
 
 def assert_same_run(one: Result, other: Result) -> None:
@@ -189,7 +190,9 @@ def test_tensorboard_holds_the_documented_scalars(whole):
     events.Reload()
     shared = ("critic_loss", "q", "actor_loss", "temperature_loss", "alpha", "entropy", "return")
     tags = {f"{phase}/{name}" for phase in ("offline", "online") for name in (*shared, "normalised_score")}
-    tags |= {f"offline/{name}" for name in ("score_matching_loss", "cosine", "alpha_psi")}
+    tags |= {
+        f"offline/{name}" for name in ("score_matching_loss", "cosine_dataset", "cosine_policy", "alpha_psi")
+    }
     tags |= {"score/denoising_loss", *(f"score/held_out_loss_level_{t}" for t in range(1, 6))}
     assert tags <= set(events.Tags()["scalars"])
     returns = [float(row["return_mean"]) for row in whole.rows() if row["phase"] == "offline"]
@@ -202,7 +205,7 @@ def test_a_checkpoint_rebuilds_an_agent_that_acts(whole, smac, name):
     sizes = (state["obs_dim"], state["act_dim"], state["hidden_sizes"], state["num_critics"])
     agent = smac.Agent(*sizes, state["critic_activation"])
     agent.load_state_dict(state["agent"])
-    returns = smac.evaluate(agent.actor, [smac.make_env("Pendulum-v1") for _ in range(2)], "cpu")
+    returns = returns_of(smac, agent.actor, [smac.make_env("Pendulum-v1") for _ in range(2)], "cpu")
     last = [row for row in whole.rows() if row["phase"] == ("offline" if name == "offline.pt" else "online")]
     np.testing.assert_allclose(returns, [float(last[-1][f"return_{i}"]) for i in range(2)], rtol=1e-6)
 
@@ -376,6 +379,10 @@ SWITCHES = {
     "policy, warmup, old data only, ensemble": "--score-actions policy --offline-fraction 1 "
     "--warmup-steps 30 --num-critics 3 --critic-activation relu",
     "no score, share by size": "--kappa 0 --offline-fraction -1",
+    "mixed, layer norm, each critic, high outcome": "--score-actions mixed --critic-layer-norm --match each "
+    "--outcome-quantile 0.9 --muon-layers input --alpha-psi temperature",
+    "shuffled scores, part of the data": "--score-control shuffled --best-episodes 0.5 --data-fraction 0.5 "
+    "--reset-alpha",
 }
 
 
@@ -389,8 +396,94 @@ def test_switches(inside, tmp_path, switches):
     assert ("score    step" in run.output) == ("--kappa 0" not in SWITCHES[switches])
     assert (
         int(run.rows()[-1]["updates"])
-        == {"no": 8, "noised": 16, "policy": 10}[switches.split()[0].strip(",")]
+        == {"no": 8, "noised": 16, "policy": 10, "mixed": 24, "shuffled": 24}[switches.split()[0].strip(",")]
     )
+
+
+def test_a_fixed_offline_temperature_stays_and_is_reset_at_the_handover(inside, tmp_path):
+    run = inside(TINY + "--offline-alpha 0.3 --reset-alpha --warmup-steps 39", tmp_path)
+    alphas = [(row["phase"], float(row["alpha"])) for row in run.rows()]
+    assert alphas == [("offline", 1.0), ("offline", pytest.approx(0.3)), ("online", 1.0),
+                      ("online", pytest.approx(1.0, abs=1e-3))]  # fmt: skip
+
+
+def test_scores_of_a_high_outcome_are_asked_for_at_that_outcome(smac, inside, monkeypatch, tmp_path):
+    asked, score = [], smac.ScoreNet.score
+    monkeypatch.setattr(
+        smac.ScoreNet, "score", lambda net, s, a, w, level: asked.append(w) or score(net, s, a, w, level)
+    )
+    inside(TINY + "--outcome-quantile 0.9 --online-steps 0", tmp_path)
+    data = smac.load_dataset("smac/pendulum/medium-replay-v0")
+    w = smac.outcomes(data, 0.99)
+    at_quantile = [x for x in asked if len(x) != 2_000]
+    assert sum(map(len, at_quantile)) == len(w)
+    for x in at_quantile:
+        np.testing.assert_allclose(x, np.quantile(w, 0.9), rtol=1e-6)
+
+
+def test_diagnostics_are_what_the_readme_says(smac, whole):
+    state, row = whole.state("offline.pt"), [r for r in whole.rows() if r["phase"] == "offline"][-1]
+    data = smac.load_dataset("smac/pendulum/medium-replay-v0")
+    agent = smac.Agent(3, 1, (16, 16), 2, "silu")
+    agent.load_state_dict(state["agent"])
+    score_net = smac.ScoreNet(3, 1, (16, 16), 5, 0.1)
+    score_net.load_state_dict(state["score_net"])
+    score_scale = smac.MLP(1, [3, 64, 1], "silu")
+    score_scale.load_state_dict(state["extras"]["score_scale"])
+    rows = np.flatnonzero(smac.held_out(data))
+    assert len(rows) == 4 * 200  # episodes 10, 30, 50 and 70 of 76
+    rows = rows[np.linspace(0, len(rows) - 1, 2_000).astype(int)]
+    columns = data.columns["observations"], data.columns["actions"], smac.outcomes(data, 0.99)
+    s, a, w = (torch.as_tensor(x[rows], dtype=torch.float32) for x in columns)
+    a.requires_grad_(True)
+    q = agent.critic(s, a).mean(dim=0)
+    (grad_q,) = torch.autograd.grad(q.sum(), a)
+    score = score_net.score(s, a, w, torch.zeros(len(s), dtype=torch.long))
+    expected = dict(q_dataset=q.mean(), grad_q_dataset=grad_q.abs().mean(), alpha=agent.log_alpha.exp())
+    expected["cosine_dataset"] = (grad_q * score).sign().mean()  # of one dimension
+    expected["alpha_psi"] = torch.log1p(score_scale(s).exp()).mean()
+    start = torch.as_tensor(
+        np.stack([smac.make_env("Pendulum-v1").reset(seed=1000 + i)[0] for i in range(2)])
+    )
+    expected["q_start"] = agent.critic(start, agent.actor.mode(start)).mean()
+    for name, value in expected.items():
+        assert float(row[name]) == pytest.approx(value.item(), rel=1e-4), name
+    log_prob, policys = [], []
+    torch.manual_seed(0)
+    for _ in range(5):
+        actions, log_probs = agent.actor.sample(s)
+        log_prob.append(log_probs.mean().item())
+        policys.append(agent.critic(s, actions).mean().item())
+    assert float(row["entropy"]) == pytest.approx(-np.mean(log_prob), abs=0.05)
+    assert float(row["q_policy"]) == pytest.approx(np.mean(policys), rel=0.02)
+    discounted = []
+    for i in range(2):
+        env, total, over, t = smac.make_env("Pendulum-v1"), 0.0, False, 0
+        observation, _ = env.reset(seed=1000 + i)
+        while not over:
+            with torch.no_grad():
+                action = agent.actor.mode(torch.as_tensor(observation)[None])[0].numpy()
+            observation, reward, _, over, _ = env.step(action)
+            total, t = total + 0.99**t * reward, t + 1
+        discounted.append(total)
+    assert float(row["discounted_return"]) == pytest.approx(np.mean(discounted), rel=1e-4)
+
+
+def test_selecting_episodes_keeps_the_best_whole(smac):
+    lengths = np.array([3, 1, 4, 2])
+    rewards = np.repeat([1.0, 9.0, 2.0, 1.5], lengths)  # returns 3, 9, 8, 3
+    columns = dict(rewards=rewards, observations=np.arange(10.0)[:, None])
+    data = smac.Dataset(columns, np.cumsum(lengths), {}, "")
+    assert smac.select_episodes(data, 1.0, 1.0, 1) is data
+    best = smac.select_episodes(data, 0.5, 1.0, 1)
+    assert best.ends.tolist() == [1, 5] and best.returns().tolist() == [9, 8]
+    assert best.columns["observations"][:, 0].tolist() == [3, 4, 5, 6, 7]
+    halves = [smac.select_episodes(data, 1.0, 0.5, seed) for seed in range(8)]
+    assert all(len(half.ends) == 2 for half in halves)
+    assert len({tuple(half.returns()) for half in halves}) > 2  # at random, by the seed
+    again = smac.select_episodes(data, 1.0, 0.5, 3)
+    assert again.columns["rewards"].tolist() == halves[3].columns["rewards"].tolist()
+    assert len(smac.select_episodes(data, 0.01, 0.01, 1).ends) == 1
 
 
 def test_without_online_steps_it_ends_after_offline(inside, tmp_path):
@@ -638,7 +731,7 @@ class Walk(gym.Env):
 def test_evaluation_equals_a_plain_loop(smac):
     torch.manual_seed(0)
     actor, envs = smac.Actor(2, 1, (8, 8)), [Walk() for _ in range(8)]
-    returns = smac.evaluate(actor, envs, "cpu")
+    returns = returns_of(smac, actor, envs, "cpu")
     plain = np.zeros(8)
     for i in range(8):
         env, over = Walk(), False
@@ -656,7 +749,7 @@ def test_evaluation_repeats_itself_and_leaves_the_random_state(smac):
     torch.manual_seed(0)
     actor, envs = smac.Actor(2, 1, (8, 8)), [Walk() for _ in range(3)]
     before = torch.get_rng_state()
-    np.testing.assert_array_equal(smac.evaluate(actor, envs, "cpu"), smac.evaluate(actor, envs, "cpu"))
+    np.testing.assert_array_equal(returns_of(smac, actor, envs, "cpu"), returns_of(smac, actor, envs, "cpu"))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -664,7 +757,7 @@ def test_evaluation_with_broken_actions_is_one_sentence(smac):
     actor = smac.Actor(2, 1, (8, 8))
     torch.nn.init.constant_(actor.net.biases[-1], torch.nan)
     with pytest.raises(SystemExit) as ended:
-        smac.evaluate(actor, [Walk()], "cpu")
+        returns_of(smac, actor, [Walk()], "cpu")
     assert is_sentence(ended.value.code)
 
 
