@@ -486,7 +486,7 @@ def tables(folder: str | Path) -> str:
             "products alone": " / ".join(rounded(1e3 / ms) for ms in medians("product_ms")),
             "share": " / ".join(f"{100 * share:.0f}%" for share in medians("share")),
             "first update": f"{medians('first_update')[0]:.1f} s",
-            "peak memory": f"{medians('memory_mb')[0]:.0f} MB",
+            "peak memory": f"{medians('gpu_mb' if case['gpu'] else 'memory_mb')[0]:.0f} MB",
         })  # fmt: skip
     known = rows[0]
     where = f"{known['gpu'] or known['cpu']}; torch {known['torch']}, Python {known['python']}"
@@ -606,13 +606,47 @@ def summaries(folder: Path, script: str) -> dict[tuple[str, str], list[dict]]:
     return found
 
 
+def picture(path: Path, runs_of: dict[str, list[dict]]) -> None:
+    """A row a variant: score at the end of offline, lowest after the handover, at the end; seeds and mean."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 1.5 + 0.28 * len(runs_of)), layout="constrained")
+    marks = {"end of offline": ("C0", lambda r: r["offline"]), "lowest after the handover": ("C3", lowest),
+             "end of online": ("C2", lambda r: r.get("final", math.nan))}  # fmt: skip
+    for label, (color, value) in marks.items():
+        for y, runs in enumerate(runs_of.values()):
+            values = [value(r) for r in runs]
+            axes.plot(values, [y] * len(runs), ".", color=color, alpha=0.4)
+            axes.plot(statistics.mean(values), y, "o", color=color, label=None if y else label)
+    if means := {round(r["mean"], 1) for runs in runs_of.values() for r in runs}:
+        axes.axvline(min(means), color="gray", ls=":", label="mean of the whole recording")
+    axes.set_yticks(range(len(runs_of)), runs_of)
+    axes.invert_yaxis()
+    axes.set_xlabel("normalised score")
+    axes.set_title(path.stem)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def lowest(result: dict) -> float:
+    """Lowest mean of three evaluations right after the handover, in score points."""
+    return result["offline"] - result["drop"] if "drop" in result else math.nan
+
+
 def study_report(args: StudyReport) -> str:
-    """A Markdown table a task from a study's csvs, means and standard errors over seeds; also printed."""
+    """A Markdown table a task from a study's csvs, means and standard errors over seeds; also printed.
+
+    Beside the csvs it draws OUT/TASK.png.
+    """
     folder, text = Path(args.out), ""
     found = summaries(folder, args.script)
     wanted = set(args.seeds)
     for task in sorted({task for task, _ in found}):
-        rows = []
+        rows, shown = [], {}
         order = list(tomllib.loads((folder / "plan.toml").read_text()).get(task, {}))
         planned = lambda variant, order=order: [*order, variant].index(variant)
         for variant in sorted((v for t, v in found if t == task), key=planned):
@@ -624,18 +658,24 @@ def study_report(args: StudyReport) -> str:
                 values = [float(r.get(name, math.nan)) for r in runs]
                 if any(map(math.isnan, values)):
                     return ""
-                error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
+                if len(values) == 1:
+                    return f"{values[0]:.{digits}f}"
+                error = statistics.stdev(values) / len(values) ** 0.5
                 return f"{statistics.mean(values):.{digits}f} ± {error:.{digits}f}"
 
+            flags = runs[0]["rows"][0]["flags"]
             smooth = sum(r.get("smooth", False) for r in runs)
-            rows.append({"variant": variant, "flags": f"`{runs[0]['rows'][0]['flags'] or ' '}`",
+            rows.append({"variant": variant, "flags": flags and f"`{flags}`",
                          "seeds": " ".join(str(r["seed"]) for r in sorted(runs, key=lambda r: r["seed"])),
                          "offline score": cell("offline"), "drop": cell("drop"), "final score": cell("final"),
                          "regret": cell("regret", 3), "smooth": f"{smooth} of {len(runs)}",
                          "cosine, data": cell("cosine_dataset", 2),
                          "cosine, policy": cell("cosine_policy", 2), "Q": cell("q_policy"),
                          "alpha": cell("alpha", 3), "alpha_psi": cell("alpha_psi", 3)})  # fmt: skip
-        text += f"### {task}\n\n{markdown(rows)}\n" if rows else ""
+            shown[variant] = runs
+        if rows:
+            text += f"### {task}\n\n{markdown(rows)}\n"
+            picture(folder / f"{task}.png", shown)
     print(text)
     return text
 

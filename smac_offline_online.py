@@ -24,11 +24,14 @@ First run, data included, no network needed (hopper takes 5 minutes on one idle 
 GPU scale
     python smac_offline_online.py --env-id hopper-medium-replay --hidden-sizes 256 256 --batch-size 256 \
         --score-steps 100000 --offline-steps 250000 --online-steps 250000 --eval-every 5000
-Ablations: no score term; Adam throughout; gradient matched at the policy's actions; no offline data online
+Ablations: no score term; a control (0 in the place of the score); Adam throughout; gradient matched at the
+policy's actions; no offline data online; the best tenth of the recording alone
     python smac_offline_online.py --kappa 0
+    python smac_offline_online.py --score-control zero
     python smac_offline_online.py --offline-optimizer adam --online-optimizer adam
     python smac_offline_online.py --score-actions policy
     python smac_offline_online.py --offline-fraction 0
+    python smac_offline_online.py --best-episodes 0.1
 Any Minari dataset with flat Box observations and bounded Box actions; going on with a stopped run
     python smac_offline_online.py --env-id mujoco/hopper/medium-v0 --download
     python smac_offline_online.py --resume runs/NAME
@@ -815,7 +818,7 @@ def diagnose(run: "Run", modules: dict[str, nn.Module], rewards: list[np.ndarray
     found = {"alpha": agent.log_alpha.exp(), "alpha_psi": math.nan, "entropy": -log_prob.mean(),
              "q_start": agent.critic(starts, agent.actor.mode(starts)).mean(),
              "discounted_return": np.mean(discounted)}  # fmt: skip
-    if "score_scale" in modules:
+    if "score_scale" in modules and isinstance(score_net, ScoreNet):
         found["alpha_psi"] = F.softplus(modules["score_scale"](s)).mean()
     for where, actions in (("dataset", a), ("policy", policy_actions)):
         q, grad_q = q_and_action_gradient(agent.critic, s, actions)
@@ -1103,7 +1106,7 @@ def fit_score_estimator(run: Run) -> ScoreNet:
         adam.step()
         if (step % args.eval_every == 0 or step == args.score_steps) and test.size:
             level = lambda t: torch.full((test.size,), t, device=device)
-            with torch.no_grad():
+            with torch.no_grad(), torch.random.fork_rng():
                 losses = [loss(test.rows, level(t)) for t in range(args.score_levels)]
             run.log(step, {f"held_out_loss_level_{t + 1}": value for t, value in enumerate(losses)})
             text = ", ".join(f"{x:.3f}" for x in losses) + f" (knowing nothing: {sizes[1]})"

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import subprocess
 import sys
 
@@ -234,6 +235,7 @@ def test_a_study_leaves_a_csv_with_its_origin_for_every_run(benchmark, study, ca
     text = capsys.readouterr().out
     assert "| 2 6 | 4.0 ± 2.0 | 1.5 ± 0.0 | 4.1 ± 0.0 | 0.250 ± 0.000 | 2 of 2 | 0.50 ± 0.00 |" in text
     assert text.index("| plain |") < text.index("| other |")  # in the plan's order
+    assert (folder / "task.png").stat().st_size > 10_000
 
 
 def test_a_study_goes_on_where_it_was_stopped(study):
@@ -258,3 +260,16 @@ def test_a_failed_run_is_tried_again_and_then_reported(study, capsys):
 def test_a_study_without_a_plan_is_one_sentence(benchmark, tmp_path):
     with pytest.raises(SystemExit, match="a study begins with its plan"):
         benchmark.run_study(benchmark.Study(str(tmp_path)))
+
+
+STUDIES = sorted(path.parent for path in ROOT.glob("results/*/plan.toml"))
+
+
+@pytest.mark.parametrize("folder", STUDIES, ids=lambda folder: folder.name)
+def test_the_tables_of_a_study_follow_from_its_csvs(benchmark, monkeypatch, folder):
+    monkeypatch.setattr(benchmark, "picture", lambda *_: None)
+    shown = (folder / "README.md").read_text()
+    for seeds in re.findall(r"benchmark.py report \S+ --seeds ([\d ]+)", shown):
+        chosen = tuple(int(seed) for seed in seeds.split())
+        for line in benchmark.study_report(benchmark.StudyReport(str(folder), seeds=chosen)).splitlines():
+            assert line in shown, line

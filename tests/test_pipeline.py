@@ -469,6 +469,13 @@ def test_diagnostics_are_what_the_readme_says(smac, whole):
     assert float(row["discounted_return"]) == pytest.approx(np.mean(discounted), rel=1e-4)
 
 
+def test_evaluations_leave_training_as_it_is(inside, tmp_path):
+    often, seldom = (inside(TINY + f"--eval-every {n}", tmp_path / str(n)) for n in (3, 1000))
+    assert len(often.rows()) > len(seldom.rows())
+    for name in ("offline.pt", "final.pt"):
+        assert_equal(often.state(name)["agent"], seldom.state(name)["agent"], name)
+
+
 def test_selecting_episodes_keeps_the_best_whole(smac):
     lengths = np.array([3, 1, 4, 2])
     rewards = np.repeat([1.0, 9.0, 2.0, 1.5], lengths)  # returns 3, 9, 8, 3
