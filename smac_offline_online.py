@@ -819,7 +819,8 @@ def diagnose(run: "Run", modules: dict[str, nn.Module], rewards: list[np.ndarray
              "q_start": agent.critic(starts, agent.actor.mode(starts)).mean(),
              "discounted_return": np.mean(discounted)}  # fmt: skip
     if "score_scale" in modules and isinstance(score_net, ScoreNet):
-        found["alpha_psi"] = F.softplus(modules["score_scale"](s)).mean()
+        tied = run.args.alpha_psi == "temperature"
+        found["alpha_psi"] = found["alpha"] if tied else F.softplus(modules["score_scale"](s)).mean()
     for where, actions in (("dataset", a), ("policy", policy_actions)):
         q, grad_q = q_and_action_gradient(agent.critic, s, actions)
         grad_q = grad_q.mean(dim=0)
@@ -1225,6 +1226,13 @@ def parse_args() -> Args:
     for name in "batch_size num_critics utd_ratio eval_every handover_eval_every eval_episodes".split():
         if getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} is out of range: it has to be at least 1")
+    for name in ("best_episodes", "data_fraction", "outcome_quantile"):
+        if not 0 <= getattr(args, name) <= 1:
+            fail(
+                f"--{name.replace('_', '-')} {getattr(args, name)} is out of range: it has to be from 0 to 1"
+            )
+    if args.offline_alpha < 0:
+        fail(f"--offline-alpha {args.offline_alpha} is out of range: it has to be above 0, or 0 (automatic)")
     return args
 
 

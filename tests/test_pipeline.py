@@ -469,6 +469,20 @@ def test_diagnostics_are_what_the_readme_says(smac, whole):
     assert float(row["discounted_return"]) == pytest.approx(np.mean(discounted), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    "flag", ["--best-episodes 1.5", "--data-fraction -0.1", "--outcome-quantile 95", "--offline-alpha -1"]
+)
+def test_a_share_or_temperature_out_of_range_is_one_sentence(inside, tmp_path, flag):
+    code = inside(TINY + flag, tmp_path).code
+    assert is_sentence(code) and flag in code.replace(".0 is", " is")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_tied_alpha_psi_is_shown_as_the_temperature(inside, tmp_path):
+    row = inside(TINY + "--alpha-psi temperature --online-steps 0", tmp_path).rows()[-1]
+    assert row["alpha_psi"] == row["alpha"] != "nan"
+
+
 def test_evaluations_leave_training_as_it_is(inside, tmp_path):
     often, seldom = (inside(TINY + f"--eval-every {n}", tmp_path / str(n)) for n in (3, 1000))
     assert len(often.rows()) > len(seldom.rows())
