@@ -6,6 +6,7 @@
     python benchmark.py table results/speed                      the tables again, nothing measured
     python benchmark.py run results/choices --seeds 1 2 3        what is missing of a study's plan.toml
     python benchmark.py report results/choices                   its tables, from the csvs
+    python benchmark.py imitate results/choices --seeds 1 2 3    two policies without a critic beside them
 
 SPEED. Every measurement is a fresh process that runs a script's own main() on its own data and times its
 loops as they are: sampling, logging and, online, the environment included; evaluations are not. Cases take
@@ -19,7 +20,11 @@ Writes OUT/speed.csv (one row per case, turn and phase, with hardware and versio
 STUDIES. OUT/plan.toml names the variants of each task with their flags. Every run leaves
 OUT/TASK/VARIANT__SEED.csv: the run's metrics.csv with flags, seed, device, code version and dataset
 checksum in every row. What is there is not run again, so a study can be stopped and gone on with. A failed
-run is reported with its last words.
+run is reported with its last words. `{seed}` in a variant's flags stands for the run's seed.
+
+IMITATION. What imitating the recording gives without any critic, on the same network sizes: behaviour cloning
+by maximum likelihood, and the score estimator itself sampled as a policy, given a high outcome (diffusion
+RvS). Their csvs lie beside the study's.
 """
 
 import ast
@@ -108,6 +113,26 @@ class Study:
     """runs at the same time, each with one thread"""
     script: str = "smac_offline_online.py"
     """script of the shelf"""
+    checkpoints: str | None = None
+    """folder to keep the runs' offline.pt and final.pt in, as TASK/VARIANT__SEED_offline.pt"""
+
+
+@dataclass
+class Imitate:
+    """Behaviour cloning and diffusion RvS: offline scores beside those of a study."""
+
+    out: tyro.conf.Positional[str]
+    """folder of the study, results/NAME"""
+    seeds: tuple[int, ...] = (1, 2, 3)
+    """1 to 3 to tune on, 11 and up to report"""
+    env_ids: tuple[str, ...] = ("pendulum-medium-replay", "hopper-medium-replay")
+    """tasks, as the scripts take them"""
+    best_episodes: tuple[float, ...] = (1.0, 0.1)
+    """shares of the recording, its episodes with the highest returns"""
+    quantiles: tuple[float, ...] = (0.5, 0.9, 0.99)
+    """outcomes that the sampled policies ask for, quantiles of the recording's"""
+    script: str = "smac_offline_online.py"
+    """script with the networks, the recording and the score estimator"""
 
 
 @dataclass
@@ -507,14 +532,17 @@ def plan(args: Study) -> list[dict]:
         raise SystemExit(f"error: {path} can't be read ({error}): a study begins with its plan") from error
     chosen = {task: tasks[task] for task in args.env_ids or tasks if task in tasks}
     file = lambda task, variant, seed: Path(args.out) / task / f"{variant}__{seed}.csv"
-    return [dict(task=task, variant=variant, flags=flags, seed=seed, file=file(task, variant, seed))
+    flagged = lambda flags, seed: flags.replace("{seed}", str(seed))
+    job = lambda *of: dict(zip(("task", "variant", "seed"), of), file=file(*of))
+    return [job(task, variant, seed) | dict(flags=flagged(flags, seed))
             for seed in args.seeds for task, variants in chosen.items() for variant, flags in variants.items()
             if not args.variants or variant in args.variants]  # fmt: skip
 
 
-def work(job: dict, script: str) -> str:
+def work(job: dict, script: str, checkpoints: str | None = None) -> str:
     """One run in a folder of its own; its metrics.csv becomes job["file"], with its origin in every row.
 
+    Its checkpoints are copied to `checkpoints`, without optimiser states: enough to act and to hand over.
     Returns "" or the last lines of what a failed run printed.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -528,6 +556,11 @@ def work(job: dict, script: str) -> str:
         config = json.loads((directory / "config.json").read_text())
         with open(directory / "metrics.csv", newline="") as file:
             rows = list(csv.DictReader(file))
+        for name in ("offline", "final") if checkpoints else ():
+            state = torch.load(directory / f"{name}.pt", weights_only=True) | {"optimizers": []}
+            kept = Path(checkpoints) / job["task"] / f"{job['variant']}__{job['seed']}_{name}.pt"
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(state, kept)
     origin = {key: job[key] for key in ("variant", "flags", "seed", "code")}
     origin |= dict(device=config["resolved_device"], dataset=config["dataset_checksum"][:16],
                    eval_every=config["args"]["eval_every"])  # fmt: skip
@@ -558,12 +591,9 @@ def run_study(args: Study) -> None:
     jobs = [job | dict(code=scripts_version()) for job in plan(args)]
     todo = [job for job in jobs if not job["file"].exists()]
     print(f"{len(jobs)} runs, {len(jobs) - len(todo)} of them there already; {args.workers} at a time")
-    began, failed = time.monotonic(), {}
+    began, failed, how = time.monotonic(), {}, (args.script, args.checkpoints)
     with ThreadPoolExecutor(args.workers) as pool:
-        futures = {
-            pool.submit(lambda job: work(job, args.script) and work(job, args.script), job): job
-            for job in todo
-        }
+        futures = {pool.submit(lambda job: work(job, *how) and work(job, *how), job): job for job in todo}
         for number, future in enumerate(as_completed(futures), 1):
             name, error = str(futures[future]["file"]), future.result()
             left = (time.monotonic() - began) / number * (len(todo) - number) / 60
@@ -577,6 +607,79 @@ def run_study(args: Study) -> None:
     study_report(StudyReport(args.out, script=args.script))
     if failed:
         raise SystemExit(f"error: {len(failed)} runs failed; see above, then run the same command again")
+
+
+@torch.no_grad()
+def sampled_policy(score_net, observations, outcome: float) -> torch.Tensor:
+    """Actions (B, A) drawn from p(a | s, w) by ancestral sampling from level T down to a clean action.
+
+    a_0 estimate x = (a_t - sigma_t eps) / sqrt(abar_t), kept in [-1, 1];  a_(t-1) = sqrt(abar_(t-1)) x +
+    sqrt(sigma_(t-1)^2 - v) eps + sqrt(v) z,  v = (sigma_(t-1) / sigma_t)^2 (1 - abar_t / abar_(t-1)).
+    """
+    sigma, count = score_net.sigma, len(observations)
+    noised = torch.randn(count, score_net.net.weights[-1].shape[-1])
+    w = torch.full((count,), outcome)
+    for t in reversed(range(len(sigma))):
+        eps = score_net(observations, noised, w, torch.full((count,), t))
+        clean = ((noised - sigma[t] * eps) / (1 - sigma[t] ** 2).sqrt()).clamp(-1, 1)
+        if t == 0:
+            return clean
+        eps = (noised - (1 - sigma[t] ** 2).sqrt() * clean) / sigma[t]  # of the clamped estimate
+        v = (sigma[t - 1] / sigma[t]) ** 2 * (1 - (1 - sigma[t] ** 2) / (1 - sigma[t - 1] ** 2))
+        noised = (1 - sigma[t - 1] ** 2).sqrt() * clean + (sigma[t - 1] ** 2 - v).sqrt() * eps
+        noised = noised + v.sqrt() * torch.randn_like(noised)
+
+
+def behaviour_cloning(script: ModuleType, run, steps: int) -> torch.nn.Module:
+    """The script's actor fitted to all recorded actions: E[-log pi(a|s)], a kept off the bounds by 0.001."""
+    torch.manual_seed(script.stream_seed(run.args.seed, "imitation"))
+    actor = script.Actor(run.spec["obs_dim"], run.spec["act_dim"], run.args.hidden_sizes)
+    script.set_statistics(actor, run.data)
+    adam = torch.optim.Adam(actor.parameters(), lr=1e-3)
+    observations = torch.as_tensor(run.data.columns["observations"])
+    u = torch.atanh(torch.as_tensor(run.data.columns["actions"]).clamp(-0.999, 0.999))
+    for step in range(steps):
+        adam.param_groups[0]["lr"] = 1e-3 * 0.5 * (1 + math.cos(math.pi * step / steps))
+        rows = torch.randint(len(u), (run.args.batch_size,))
+        loss = -script.squashed_gaussian_log_prob(u[rows], *actor(observations[rows])).mean()
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    return actor
+
+
+def imitate(args: Imitate) -> None:
+    """A csv with the final scores of behaviour cloning and of the sampled policies, as `work` writes them."""
+    script = load_script(ROOT / args.script)
+    torch.set_num_threads(1)
+    for task, seed, share in (
+        (t, s, b) for t in args.env_ids for s in args.seeds for b in args.best_episodes
+    ):
+        dataset_id, env_id, kwargs = script.TASKS[task]
+        settings = dict(env_id=task, seed=seed, best_episodes=share, device="cpu", compile=False)
+        settings = script.Args(**script.TASK_DEFAULTS.get(task, {}) | settings)
+        data = script.select_episodes(script.load_dataset(dataset_id), share, 1.0, seed)
+        env = script.make_env(env_id, **kwargs)
+        spec = {"obs_dim": data.columns["observations"].shape[1], "act_dim": data.columns["actions"].shape[1]}
+        with tempfile.TemporaryDirectory() as folder:
+            run = script.Run(settings, Path(folder), data, env.spec, spec, torch.device("cpu"), {})
+            score_net = script.fit_score_estimator(run)
+            policies = {"behaviour-cloning": behaviour_cloning(script, run, settings.offline_steps)}
+            for q in args.quantiles:
+                act = partial(sampled_policy, score_net, outcome=float(np.quantile(run.outcomes, q)))
+                policies[f"rvs-{100 * q:g}"] = SimpleNamespace(mode=act)
+            for name, policy in policies.items():
+                torch.manual_seed(script.stream_seed(seed, "evaluation"))
+                returns = [float(r.sum()) for r in script.evaluate(policy, run.envs, "cpu")]
+                origin = dict(variant=name if share == 1 else f"best-{share:g}-{name}",
+                              flags="" if share == 1 else f"--best-episodes {share:g}", seed=seed,
+                              code=scripts_version(), device="cpu", dataset=data.checksum[:16],
+                              eval_every=settings.eval_every, phase="offline", step=settings.offline_steps,
+                              updates=settings.offline_steps, return_mean=round(float(np.mean(returns)), 3),
+                              score=round(float(data.score(np.mean(returns))), 4))  # fmt: skip
+                row = origin | {f"return_{i}": f"{r:.6g}" for i, r in enumerate(returns)}
+                write_csv(Path(args.out) / task / f"{origin['variant']}__{seed}.csv", [row])
+                print(f"{task} seed {seed}: {origin['variant']:<32} score {origin['score']:6.1f}", flush=True)
 
 
 def summaries(folder: Path, script: str) -> dict[tuple[str, str], list[dict]]:
@@ -599,7 +702,8 @@ def summaries(folder: Path, script: str) -> dict[tuple[str, str], list[dict]]:
         if online:
             result |= module.summarize(rows, data[key], rows[0]["eval_every"])
         last = [row for row in rows if row["phase"] == "offline"][-1]
-        result |= {k: last[k] for k in ("cosine_dataset", "cosine_policy", "q_policy", "alpha", "alpha_psi")}
+        shown = ("cosine_dataset", "cosine_policy", "q_policy", "alpha", "alpha_psi")
+        result |= {name: last[name] for name in shown if name in last}
         found.setdefault((task, rows[0]["variant"]), []).append(
             result | dict(seed=int(rows[0]["seed"]), rows=rows)
         )
@@ -681,7 +785,8 @@ def study_report(args: StudyReport) -> str:
 
 
 def main() -> None:
-    kinds = dict(speed=Speed, table=Table, run=Study, report=StudyReport, probe=Probe)
+    kinds = dict(speed=Speed, table=Table, run=Study, report=StudyReport, imitate=Imitate,
+                 probe=Probe)  # fmt: skip
     named = [Annotated[kind, tyro.conf.subcommand(name)] for name, kind in kinds.items()]
     args = tyro.cli(Union[tuple(named)], description=__doc__)  # noqa: UP007 (three made in a line)
     if isinstance(args, Speed):
@@ -692,6 +797,8 @@ def main() -> None:
         run_study(args)
     elif isinstance(args, StudyReport):
         study_report(args)
+    elif isinstance(args, Imitate):
+        imitate(args)
     else:
         case = json.loads(args.case)
         print(json.dumps((beside_cleanrl if "cleanrl" in case else probe)(case)))

@@ -262,6 +262,47 @@ def test_a_study_without_a_plan_is_one_sentence(benchmark, tmp_path):
         benchmark.run_study(benchmark.Study(str(tmp_path)))
 
 
+def test_the_run_s_seed_and_checkpoints(benchmark, smac, tmp_path):
+    """{seed} in a variant's flags, and checkpoints kept without optimiser states."""
+    (tmp_path / "plan.toml").write_text('[pendulum-medium-replay]\nshort = "--run-of {seed}"\n')
+    (job,) = benchmark.plan(benchmark.Study(str(tmp_path), seeds=(7,)))
+    assert job["flags"] == "--run-of 7" and job["file"].name == "short__7.csv"
+    job["flags"] = "--score-steps 1 --offline-steps 2 --online-steps 2 --hidden-sizes 4 --eval-episodes 1"
+    assert not benchmark.work(job | {"code": "x"}, "smac_offline_online.py", str(tmp_path / "kept"))
+    for name in ("offline", "final"):
+        state = smac.load_checkpoint(tmp_path / "kept" / job["task"] / f"short__7_{name}.pt")
+        assert state["seed"] == 7 and state["optimizers"] == [] and "actor.net.weights.0" in state["agent"]
+
+
+def test_sampled_actions_have_the_distribution_of_the_data(benchmark, smac):
+    """Data N(m(w), s^2): the best denoiser is known, and so are mean and spread of what it should draw."""
+    net, spread = smac.ScoreNet(1, 1, (4,), 30, 0.05), 0.1
+
+    def best(observations, noised, w, levels):  # E[e | a_t]
+        t, mean = net.sigma[levels, None], 0.3 * w[:, None]
+        return t * (noised - (1 - t**2).sqrt() * mean) / ((1 - t**2) * spread**2 + t**2)
+
+    net.forward = best
+    torch.manual_seed(0)
+    for w in (-1.0, 2.0):
+        actions = benchmark.sampled_policy(net, torch.zeros(20_000, 1), w)
+        assert abs(actions.mean() - 0.3 * w) < 0.01
+        assert abs(actions.std() - spread) < 0.02
+
+
+def test_imitation_leaves_csvs_beside_the_study(benchmark, tmp_path, monkeypatch, capsys):
+    script = benchmark.load_script(ROOT / "smac_offline_online.py")
+    short = dict(hidden_sizes=(8,), score_hidden_sizes=(8,), score_steps=2, offline_steps=3, eval_episodes=2)
+    monkeypatch.setitem(script.TASK_DEFAULTS, "pendulum-medium-replay", short)
+    monkeypatch.setattr(benchmark, "load_script", lambda path: script)
+    benchmark.imitate(benchmark.Imitate(str(tmp_path), (5,), ("pendulum-medium-replay",), (0.5,), (0.9,)))
+    found = {path.name for path in (tmp_path / "pendulum-medium-replay").iterdir()}
+    assert found == {"best-0.5-behaviour-cloning__5.csv", "best-0.5-rvs-90__5.csv"}
+    (tmp_path / "plan.toml").write_text("")
+    text = benchmark.study_report(benchmark.StudyReport(str(tmp_path)))
+    assert "| best-0.5-rvs-90 | `--best-episodes 0.5` | 5 | " in text
+
+
 STUDIES = sorted(path.parent for path in ROOT.glob("results/*/plan.toml"))
 
 
