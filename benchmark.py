@@ -355,7 +355,8 @@ def shelf_update(module: ModuleType, obs_dim: int, act_dim: int) -> Callable[[],
         batch = buffer.split(buffer.sample_rows(args.batch_size))
         module.critic_gradients(agent, batch, args.gamma)
         module.actor_gradients(agent, batch)
-        module.apply_gradients(agent, optimizers, args.tau)
+        module.apply_gradients(optimizers)
+        module.polyak_update(agent.target_critic, agent.critic, args.tau)
 
     return call
 

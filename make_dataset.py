@@ -241,14 +241,15 @@ class Agent(nn.Module):
     """What is handed from offline to online: actor, critics, target critics and the temperature alpha."""
 
     def __init__(self, obs_dim: int, act_dim: int, hidden_sizes, num_critics=2, critic_activation="relu",
-                 critic_layer_norm=False):  # fmt: skip
+                 critic_layer_norm=False, target_critics=0, target_entropy=-1.0):  # fmt: skip
         super().__init__()
         critic = (num_critics, obs_dim, act_dim, hidden_sizes, critic_activation, critic_layer_norm)
         self.actor = Actor(obs_dim, act_dim, hidden_sizes)
         self.critic, self.target_critic = Critic(*critic), Critic(*critic).requires_grad_(False)
         self.target_critic.load_state_dict(self.critic.state_dict())
         self.log_alpha = nn.Parameter(torch.zeros(()))
-        self.target_entropy = -float(act_dim)
+        self.target_entropy = target_entropy * act_dim
+        self.target_critics = target_critics or num_critics
 
 
 # === Losses ================================================================================================
@@ -260,6 +261,13 @@ def td_target(rewards, terminations, next_q, next_log_prob, alpha, gamma: float)
     next_q (N, B), all others (B,) -> (B,).
     """
     return rewards + gamma * (1 - terminations) * (next_q.amin(dim=0) - alpha * next_log_prob)
+
+
+def drawn(next_q: Tensor, count: int) -> Tensor:
+    """`count` of the N critics' values, (count, B), drawn without replacement (REDQ); next_q (N, B)."""
+    if count == len(next_q):
+        return next_q
+    return next_q[torch.rand(len(next_q), device=next_q.device).topk(count).indices]
 
 
 def td_loss(q: Tensor, y: Tensor) -> Tensor:
@@ -285,7 +293,7 @@ def bellman_target(agent: Agent, batch: dict[str, Tensor], gamma: float) -> Tens
     with torch.no_grad():
         next_actions, next_log_prob = agent.actor.sample(batch["next_observations"])
         next_q = agent.target_critic(batch["next_observations"], next_actions)
-        alpha = agent.log_alpha.exp()
+        next_q, alpha = drawn(next_q, agent.target_critics), agent.log_alpha.exp()
         return td_target(batch["rewards"], batch["terminations"], next_q, next_log_prob, alpha, gamma)
 
 
@@ -308,13 +316,17 @@ def actor_gradients(agent: Agent, batch: dict[str, Tensor]) -> dict[str, Tensor]
             "alpha": alpha.detach(), "entropy": -log_prob.detach().mean()}  # fmt: skip
 
 
-def apply_gradients(agent: Agent, optimizers: list[torch.optim.Optimizer], tau: float) -> None:
-    """Steps every parameter that has a gradient, then the target critics: Qbar <- Qbar + tau (Q - Qbar)."""
+def apply_gradients(optimizers: list[torch.optim.Optimizer]) -> None:
+    """Steps every parameter that has a gradient."""
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        torch._foreach_lerp_(list(agent.target_critic.parameters()), list(agent.critic.parameters()), tau)
+
+
+@torch.no_grad()
+def polyak_update(target: nn.Module, source: nn.Module, tau: float) -> None:
+    """Target parameters take a step towards the source's: Qbar <- Qbar + tau (Q - Qbar)."""
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
 
 
 # === Evaluation, logging, checkpoints ======================================================================
@@ -440,7 +452,8 @@ def collect(args: RecordArgs, references: tuple[float, float]) -> tuple[list[dic
                 batch = buffer.split(buffer.sample_rows(args.batch_size))
                 critic_gradients(agent, batch, args.gamma)
                 actor_gradients(agent, batch)
-                apply_gradients(agent, [adam], args.tau)
+                apply_gradients([adam])
+                polyak_update(agent.target_critic, agent.critic, args.tau)
         actions, rewards, terminations, truncations = map(np.array, zip(*steps))
         episode = dict(rewards=rewards, terminations=terminations, truncations=truncations)
         episode |= dict(observations=np.float32(observations), actions=np.float32(actions))

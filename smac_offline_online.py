@@ -93,12 +93,20 @@ class Args:
     """minutes between two writings of last.pt (online: at the next end of an episode)"""
     snapshot_every: int = 0
     """steps between thin copies of the policy in snapshots/; 0 for none"""
+    video: bool = False
+    """at the end, one episode of the final policy as episode.gif"""
+    checkpoint: str | None = None
+    """file of a policy for --video-only"""
+    video_only: bool = False
+    """write an episode of --checkpoint beside it, and nothing else"""
 
     # networks
     hidden_sizes: tuple[int, ...] = (256, 256)
     """widths of the hidden layers of actor and critics"""
     num_critics: int = 2
     """critics in the ensemble; the actor follows the minimum of 2, the mean of more"""
+    target_critics: int = 0
+    """target critics drawn for each batch, whose minimum is the target; 0: all of them"""
     critic_activation: Literal["relu", "silu"] = "silu"  # a ReLU critic has a piecewise-constant grad_a Q
     """activation of the critics' hidden layers"""
     critic_layer_norm: bool = False
@@ -123,6 +131,8 @@ class Args:
     """discount"""
     tau: float = 0.005
     """step of the target critics towards the critics"""
+    target_entropy: float = -1.0
+    """entropy that the automatic temperature holds, per action dimension"""
 
     # SMAC
     score_steps: int = 20_000
@@ -509,14 +519,22 @@ class Agent(nn.Module):
     """What is handed from offline to online: actor, critics, target critics and the temperature alpha."""
 
     def __init__(self, obs_dim: int, act_dim: int, hidden_sizes, num_critics=2, critic_activation="relu",
-                 critic_layer_norm=False):  # fmt: skip
+                 critic_layer_norm=False, target_critics=0, target_entropy=-1.0):  # fmt: skip
         super().__init__()
         critic = (num_critics, obs_dim, act_dim, hidden_sizes, critic_activation, critic_layer_norm)
         self.actor = Actor(obs_dim, act_dim, hidden_sizes)
         self.critic, self.target_critic = Critic(*critic), Critic(*critic).requires_grad_(False)
         self.target_critic.load_state_dict(self.critic.state_dict())
         self.log_alpha = nn.Parameter(torch.zeros(()))
-        self.target_entropy = -float(act_dim)
+        self.target_entropy = target_entropy * act_dim
+        self.target_critics = target_critics or num_critics
+
+
+def make_agent(settings: dict) -> Agent:
+    """Fresh networks as a run's or a checkpoint's settings describe them."""
+    names = ("obs_dim", "act_dim", "hidden_sizes", "num_critics", "critic_activation", "critic_layer_norm",
+             "target_critics", "target_entropy")  # fmt: skip
+    return Agent(*(settings[name] for name in names))
 
 
 class ScoreNet(nn.Module):
@@ -623,6 +641,13 @@ def td_target(rewards, terminations, next_q, next_log_prob, alpha, gamma: float)
     return rewards + gamma * (1 - terminations) * (next_q.amin(dim=0) - alpha * next_log_prob)
 
 
+def drawn(next_q: Tensor, count: int) -> Tensor:
+    """`count` of the N critics' values, (count, B), drawn without replacement (REDQ); next_q (N, B)."""
+    if count == len(next_q):
+        return next_q
+    return next_q[torch.rand(len(next_q), device=next_q.device).topk(count).indices]
+
+
 def td_loss(q: Tensor, y: Tensor) -> Tensor:
     """L_AC = mean_i E[(Q_i(s, a) - y)^2], q (N, B), y (B,)."""
     return ((q - y) ** 2).mean()
@@ -659,7 +684,7 @@ def bellman_target(agent: Agent, batch: dict[str, Tensor], gamma: float) -> Tens
     with torch.no_grad():
         next_actions, next_log_prob = agent.actor.sample(batch["next_observations"])
         next_q = agent.target_critic(batch["next_observations"], next_actions)
-        alpha = agent.log_alpha.exp()
+        next_q, alpha = drawn(next_q, agent.target_critics), agent.log_alpha.exp()
         return td_target(batch["rewards"], batch["terminations"], next_q, next_log_prob, alpha, gamma)
 
 
@@ -682,13 +707,17 @@ def actor_gradients(agent: Agent, batch: dict[str, Tensor]) -> dict[str, Tensor]
             "alpha": alpha.detach(), "entropy": -log_prob.detach().mean()}  # fmt: skip
 
 
-def apply_gradients(agent: Agent, optimizers: list[torch.optim.Optimizer], tau: float) -> None:
-    """Steps every parameter that has a gradient, then the target critics: Qbar <- Qbar + tau (Q - Qbar)."""
+def apply_gradients(optimizers: list[torch.optim.Optimizer]) -> None:
+    """Steps every parameter that has a gradient."""
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        torch._foreach_lerp_(list(agent.target_critic.parameters()), list(agent.critic.parameters()), tau)
+
+
+@torch.no_grad()
+def polyak_update(target: nn.Module, source: nn.Module, tau: float) -> None:
+    """Target parameters take a step towards the source's: Qbar <- Qbar + tau (Q - Qbar)."""
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
 
 
 def score_targets(score_net: ScoreNet, actor: Actor, batch: dict[str, Tensor], where: str) -> tuple:
@@ -759,6 +788,13 @@ def captured(update: Callable, optimizers: list[torch.optim.Optimizer], enabled:
 # === Evaluation, logging, checkpoints ======================================================================
 
 FORMAT = 1  # of a checkpoint
+# what a checkpoint and the run that goes on from it have to agree on
+FIXED = ("env_id", "env", "obs_dim", "act_dim", "flattening", "action_bounds", "log_std_bounds",
+         "hidden_sizes", "num_critics", "critic_activation", "critic_layer_norm", "gamma", "reward_scale",
+         "reward_bias", "dataset_checksum")  # fmt: skip
+# settings that a run does not take from a checkpoint
+OWN = {"device", "compile", "download", "resume", "checkpoint", "checkpoint_every", "snapshot_every", "video",
+       "video_only"}  # fmt: skip
 PHASES = ("score", "offline", "online")
 LOG_EVERY = 500  # updates between TensorBoard scalars
 PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "minari")  # their versions go into checkpoints
@@ -791,11 +827,63 @@ def load_checkpoint(path: Path) -> dict:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = state["format"] if isinstance(state, dict) else type(state).__name__
+        assert found != FORMAT or not {*FIXED, "phase", "rows"} - state.keys(), "parts of it are missing"
     except Exception as error:  # torch raises many kinds on damaged files
         fail(f"{path} is not a readable checkpoint ({type(error).__name__}): take another one")
     if found != FORMAT:
         fail(f"{path} is a checkpoint of format {found}; this script reads format {FORMAT}")
     return state
+
+
+def restore(state: dict, device: torch.device | str = "cpu") -> tuple[Agent, ScoreNet | None]:
+    """The agent of a checkpoint, and its score estimator where it has one."""
+    agent, score_net = make_agent(state).to(device), None
+    if "agent" in state:
+        agent.load_state_dict(state["agent"])
+    else:  # a snapshot holds no more than the policy
+        agent.actor.load_state_dict(state["actor"])
+    if state.get("score_net"):
+        sizes = (state["obs_dim"], state["act_dim"], state["score_hidden_sizes"])
+        score_net = ScoreNet(*sizes, state["score_levels"], state["score_sigma"]).to(device)
+        score_net.load_state_dict(state["score_net"])
+        score_net.requires_grad_(False)
+    return agent, score_net
+
+
+def film(actor: Actor, env_spec, path: Path, device="cpu", **kwargs) -> str:
+    """The first episode of every evaluation (seed 1000) as a GIF at `path`; "" or why there is none."""
+    from PIL import Image
+
+    try:
+        env = make_env(env_spec, render_mode="rgb_array", **kwargs)
+        observation, done = env.reset(seed=1000)[0], False
+        frames = [env.render()]
+        while not done:
+            row = torch.as_tensor(observation, dtype=torch.float32, device=device)[None]
+            with torch.no_grad():
+                action = actor.mode(row)[0].cpu().numpy()
+            observation, _, terminated, truncated, _ = env.step(action)
+            done = terminated or truncated
+            frames.append(env.render())
+    except Exception as error:  # a renderer may fail in any way
+        return (f"the environment can't be rendered here ({error}): without a display try MUJOCO_GL=egl or "
+                "MUJOCO_GL=osmesa, for Pendulum install pygame")  # fmt: skip
+    fps = env.metadata.get("render_fps", 30)
+    every = max(1, round(fps / 25))  # viewers of GIFs show about 25 frames a second
+    first, *rest = (Image.fromarray(frame) for frame in frames[::every])
+    options = dict(format="gif", save_all=True, append_images=rest, duration=1000 * every / fps, loop=0)
+    write_atomically(path, lambda temporary: first.save(temporary, **options))
+    return ""
+
+
+def film_checkpoint(args: Args) -> None:
+    """--video-only: the GIF beside the checkpoint."""
+    if not args.checkpoint:
+        fail("--video-only needs --checkpoint FILE, the policy to film")
+    path, state = Path(args.checkpoint).with_suffix(".gif"), load_checkpoint(Path(args.checkpoint))
+    if reason := film(restore(state)[0].actor, state["env"], path, **state["env_kwargs"]):
+        fail(reason)
+    print(f"video: {path}")
 
 
 @torch.no_grad()
@@ -985,13 +1073,14 @@ def episode_returns(row: dict) -> list[float]:
 def summarize(rows: list[dict], data: Dataset, eval_every: int) -> dict[str, float]:
     """Handover drop, regret and verdict from the rows of metrics.csv, in normalised score points.
 
-    Window: the first 20% of the online updates, at least 2,000. Drop: offline score minus lowest mean of 3
-    consecutive evaluations in it. Smooth: a drop of at most 10% (or of two standard errors of the paired
-    difference, if these are at most 10 points), an offline return above the dataset's mean, and a final
-    score not below the offline one. Regret: mean of 1 - score / 100, in [0, 1], over regular evaluations.
+    The offline score is that of online step 0. Window: the first 20% of the online updates, at least 2,000.
+    Drop: offline score minus lowest mean of 3 consecutive evaluations in it. Smooth: a drop of at most 10%
+    (or of two standard errors of the paired difference, if these are at most 10 points), an offline return
+    above the dataset's mean, and a final score not below the offline one. Regret: mean of 1 - score / 100, in
+    [0, 1], over regular evaluations.
     """
-    offline = [row for row in rows if row["phase"] == "offline"][-1]
     online = [row for row in rows if row["phase"] == "online"]
+    offline = online[0]
     end = max(2_000, 0.2 * online[-1]["updates"])
     window = [row for row in online if 0 < row["updates"] <= end] or online
     scores = lambda row: data.score(np.array(episode_returns(row)))
@@ -1007,13 +1096,14 @@ def summarize(rows: list[dict], data: Dataset, eval_every: int) -> dict[str, flo
                 smooth=bool(small and kept))  # fmt: skip
 
 
-def report(run: Run) -> None:
+def report(run: Run, agent: Agent) -> None:
     """learning_curve.png (both phases, handover marked, middle half of the episodes shaded) and table."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    run.writer.close()
     figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
     mean = run.data.score(run.data.returns().mean())
     for phase, handover in (("offline", run.args.offline_steps), ("online", 0)):
@@ -1022,11 +1112,12 @@ def report(run: Run) -> None:
             scores = run.data.score(np.array([episode_returns(row) for row in rows]))  # (rows, episodes)
             axes.plot(steps, scores.mean(axis=1), ".-", label=f"{phase}, mean of the episodes")
             axes.fill_between(steps, *np.percentile(scores, [25, 75], axis=1), alpha=0.2)
-    axes.axvline(0, color="black", ls="--", lw=1, label="handover to SAC")
+    axes.axvline(0, color="black", ls="--", lw=1, label="handover")
     axes.axhline(mean, color="gray", ls=":", label="mean of the dataset")
     axes.set_xlabel("offline gradient updates (left), online environment steps (right)")
     axes.set_ylabel("normalised score (shaded: middle half)")
-    axes.set_title(f"{run.args.env_id}: SMAC, then SAC; seed {run.args.seed}")
+    algorithms = f"{run.spec['algorithm']}, then {run.spec['online_algorithm']}"
+    axes.set_title(f"{run.args.env_id}: {algorithms}; seed {run.args.seed}")
     axes.legend(fontsize=8)
     write_atomically(run.directory / "learning_curve.png", partial(figure.savefig, dpi=120, format="png"))
     plt.close(figure)
@@ -1040,6 +1131,9 @@ def report(run: Run) -> None:
                   f"regret over {run.args.online_steps:,} online steps": f"{s['regret']:.3f}"}  # fmt: skip
     lines |= {f"updates per second, {phase}": f"{rate:,.0f}" for phase, rate in run.rates.items() if rate}
     lines |= {"learning curve": run.directory / "learning_curve.png", "all files": run.directory}
+    if run.args.video:
+        video = run.directory / "episode.gif"
+        lines["video"] = film(agent.actor, run.env_spec, video, run.device) or video
     print("\n" + "\n".join(f"{key:<36}  {value}" for key, value in lines.items()))
 
 
@@ -1120,8 +1214,7 @@ def train_offline(run: Run, score_net: ScoreNet | None) -> Agent:
     args, data, device = run.args, run.data, run.device
     torch.manual_seed(stream_seed(args.seed, "offline"))
     sizes = (run.spec["obs_dim"], run.spec["act_dim"])
-    critic = args.num_critics, args.critic_activation, args.critic_layer_norm
-    agent = Agent(*sizes, args.hidden_sizes, *critic).to(device)
+    agent = make_agent(run.spec).to(device)
     score_scale = MLP(1, [sizes[0], 64, 1], "silu").to(device)  # alpha_psi(s), before its softplus
     modules = {"agent": agent, "score_scale": score_scale, "score_net": score_net or nn.Module()}
     set_statistics(agent, data)
@@ -1144,7 +1237,8 @@ def train_offline(run: Run, score_net: ScoreNet | None) -> Agent:
         else:
             metrics = critic_gradients(agent, batch, args.gamma)
         metrics |= actor_gradients(agent, batch)
-        apply_gradients(agent, optimizers, args.tau)
+        apply_gradients(optimizers)
+        polyak_update(agent.target_critic, agent.critic, args.tau)
         if args.offline_alpha:
             agent.log_alpha.data.fill_(math.log(args.offline_alpha))
         return metrics
@@ -1180,7 +1274,8 @@ def train_online(run: Run, agent: Agent, score_net: ScoreNet | None) -> None:
         metrics = critic_gradients(agent, batch, args.gamma)
         if last:
             metrics |= actor_gradients(agent, batch)
-        apply_gradients(agent, optimizers, args.tau)
+        apply_gradients(optimizers)
+        polyak_update(agent.target_critic, agent.critic, args.tau)
         return metrics
 
     updates = lru_cache(2)(lambda *of: captured(partial(update, *of), optimizers, args.compile))
@@ -1191,6 +1286,8 @@ def train_online(run: Run, agent: Agent, score_net: ScoreNet | None) -> None:
         with torch.no_grad():
             row.copy_(torch.as_tensor(observation)[None])
             action = act().cpu().numpy()
+        if step <= first_update and not (args.checkpoint or args.offline_steps):  # nothing was trained yet
+            action = np.array(2 * torch.rand(len(action)) - 1)
         next_observation, reward, terminated, truncated, _ = env.step(action)
         online.add(observation, action, data.reward(reward), next_observation, terminated)
         observation, run.boundary = next_observation, terminated or truncated
@@ -1209,7 +1306,7 @@ def train_online(run: Run, agent: Agent, score_net: ScoreNet | None) -> None:
 
 
 def parse_args() -> Args:
-    """Settings: flag given > the resumed run's own > TASK_DEFAULTS > Args."""
+    """Settings: flag given > the resumed run's or the checkpoint's own > TASK_DEFAULTS > Args."""
     words = [part for word in sys.argv for part in (word.split("=", 1) if word[:2] == "--" else [word])]
     given = dict(pairwise(words))
     settings = TASK_DEFAULTS.get(given.get("--env-id", given.get("--env_id", Args.env_id)), {})
@@ -1218,26 +1315,36 @@ def parse_args() -> Args:
             settings = json.loads((Path(given["--resume"]) / "config.json").read_text())["args"]
         except (OSError, ValueError, KeyError) as error:
             fail(f"{given['--resume']} is not a run directory that can be resumed ({error})")
+    elif "--checkpoint" in given:
+        state = load_checkpoint(Path(given["--checkpoint"]))
+        settings = TASK_DEFAULTS.get(state["env_id"], {})
+        settings |= {key: state[key] for key in vars(Args()).keys() & state.keys() - OWN}
     default = Args(**{key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()})
     args = tyro.cli(Args, description=__doc__, default=default)
     changed = {key for key, value in vars(args).items() if value != vars(default)[key]}
     if args.resume and changed - {"resume", "device", "compile", "checkpoint_every"}:
         fail(f"--resume takes the run's own settings: leave out {', '.join(sorted(changed - {'resume'}))}")
-    for name in "batch_size num_critics utd_ratio eval_every handover_eval_every eval_episodes".split():
-        if getattr(args, name) < 1:
+    counts = "batch_size num_critics utd_ratio eval_every handover_eval_every eval_episodes policy_delay"
+    for name in counts.split():
+        if getattr(args, name, 1) < 1:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} is out of range: it has to be at least 1")
     for name in ("best_episodes", "data_fraction", "outcome_quantile"):
         if not 0 <= getattr(args, name) <= 1:
             fail(
                 f"--{name.replace('_', '-')} {getattr(args, name)} is out of range: it has to be from 0 to 1"
             )
+    if not 0 <= args.target_critics <= args.num_critics:
+        fail(f"--target-critics {args.target_critics} is out of range: there are {args.num_critics} critics")
     if args.offline_alpha < 0:
         fail(f"--offline-alpha {args.offline_alpha} is out of range: it has to be above 0, or 0 (automatic)")
     return args
 
 
-def main() -> None:
-    args = parse_args()
+def open_run(args: Args, algorithm: str, online_algorithm: str) -> Run:
+    """Device, data, environment and directory of a new or a resumed run.
+
+    `run.origin` is the checkpoint that goes online in the place of an own pre-training; {}: there is none.
+    """
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # small products need no more
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda, but torch finds no GPU here: use --device cpu")
@@ -1259,25 +1366,32 @@ def main() -> None:
             fail(f"the environment of {dataset_id} can't be made ({error}): install its package")
     env = make_env(env_spec, **kwargs)
     shapes = [data.columns[name].shape[1:] for name in ("observations", "actions")]
-    if shapes != [env.observation_space.shape, env.action_space.shape]:
-        fail(f"observations and actions have shapes {shapes} in {dataset_id}, others in {env.spec.id}")
 
-    spec = vars(args) | dict(algorithm="smac", env=env.spec.id, dataset_id=dataset_id, flattening="none",
-                             dataset_checksum=data.checksum, obs_dim=shapes[0][0], act_dim=shapes[1][0],
-                             log_std_bounds=(LOG_STD_MIN, LOG_STD_MAX), action_bounds=(-1.0, 1.0),
-                             reward_bias=data.reward(0.0), reward_scale=data.reward(1.0) - data.reward(0.0),
-                             versions={name: version(name) for name in PACKAGES})  # fmt: skip
-    run_name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    directory, state = Path(args.resume or Path("runs") / run_name.replace("/", "-")), {}
+    directory, state, origin = Path(args.resume or run_name(args)), {}, {}
     if args.resume:
         names = [name for name in ("last.pt", "previous.pt", "offline.pt") if (directory / name).exists()]
         if not names:
             fail(f"{directory} holds no checkpoint yet: start that run again")
-        newest = directory / names[0]
-        state = load_checkpoint(newest)
+        state = load_checkpoint(directory / names[0])
         if state["dataset_checksum"] != data.checksum:
-            fail(f"{newest} was trained on other data than {dataset_id} holds now: restore that recording")
-    else:
+            fail(f"{directory / names[0]} comes from other data than {dataset_id} holds now: restore them")
+    if args.checkpoint:
+        origin = state or load_checkpoint(Path(args.checkpoint))
+        algorithm = origin["algorithm"]
+        if "agent" not in origin:
+            fail(f"{args.checkpoint} holds a policy without critics: take an offline.pt or a final.pt")
+    spec = vars(args) | dict(algorithm=algorithm, online_algorithm=online_algorithm, env=env.spec.id,
+                             env_kwargs=dict(env.spec.kwargs), dataset_id=dataset_id, flattening="none",
+                             dataset_checksum=data.checksum, obs_dim=shapes[0][0], act_dim=shapes[1][0],
+                             log_std_bounds=(LOG_STD_MIN, LOG_STD_MAX), action_bounds=(-1.0, 1.0),
+                             reward_bias=data.reward(0.0), reward_scale=data.reward(1.0) - data.reward(0.0),
+                             versions={name: version(name) for name in PACKAGES})  # fmt: skip
+    for name in FIXED if origin else ():
+        if origin[name] != spec[name]:
+            fail(f"{args.checkpoint} contradicts this run: its {name} is {origin[name]}, not {spec[name]}")
+    if shapes != [env.observation_space.shape, env.action_space.shape]:
+        fail(f"observations and actions have shapes {shapes} in {dataset_id}, others in {env.spec.id}")
+    if not args.resume:
         config = dict(spec, args=vars(args), resolved_device=str(device), command=sys.argv)
         try:
             directory.mkdir(parents=True)
@@ -1288,17 +1402,34 @@ def main() -> None:
     mean = data.returns().mean()
     print(f"{dataset_id}: {data.ends[-1]:,} transitions, {len(data.ends):,} episodes, mean return {mean:.1f}"
           f" (score {data.score(mean):.1f})\nrun directory: {directory}")  # fmt: skip
+    run = Run(args, directory, data, env.spec, spec, device, state)
+    run.origin = origin
+    if origin and not state and origin["phase"] == "offline":  # its evaluations come first in metrics.csv
+        run.rows, run.began = origin["rows"], run.began - origin["seconds"]
+    return run
 
+
+def run_name(args: Args) -> str:
+    """runs/{env_id}__{script}__{seed}__{start time}, ids with - for /."""
+    name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    return f"runs/{name.replace('/', '-')}"
+
+
+def main() -> None:
+    args = parse_args()
+    if args.video_only:
+        return film_checkpoint(args)
+    if args.checkpoint:
+        fail("--checkpoint goes with --video-only here; sac_finetune.py and td3_finetune.py take one online")
+    run = open_run(args, "SMAC", "SAC")
     try:
-        run = Run(args, directory, data, env.spec, spec, device, state)
-        score_net = fit_score_estimator(run) if args.kappa > 0 else None
+        score_net = fit_score_estimator(run) if args.kappa > 0 and args.offline_steps > 0 else None
         agent = train_offline(run, score_net)
         if args.online_steps > 0:
             train_online(run, agent, score_net)
-        run.writer.close()
-        report(run)
+        report(run, agent)
     except OSError as error:
-        fail(f"{error}: if the disk is full, free some space, then go on from the last.pt in {directory}")
+        fail(f"{error}: if the disk is full, free some space, then go on from the last.pt in {run.directory}")
 
 
 if __name__ == "__main__":

@@ -349,7 +349,10 @@ def test_apply_gradients_steps_then_moves_the_target_by_tau(smac):
     target = [p.detach().clone() for p in agent.target_critic.parameters()]
     optimizers = smac.make_optimizers(agent, "muon", smac.Args())
     smac.critic_gradients(agent, batch, 0.9)
-    smac.apply_gradients(agent, optimizers, tau)
+    smac.apply_gradients(optimizers)
+    for old, new in zip(target, agent.target_critic.parameters()):
+        assert torch.equal(old, new)
+    smac.polyak_update(agent.target_critic, agent.critic, tau)
     for before, now, old, new in zip(
         critic, agent.critic.parameters(), target, agent.target_critic.parameters()
     ):
@@ -627,7 +630,7 @@ def test_a_captured_update_gives_the_numbers_of_the_plain_one_on_a_gpu(smac, opt
             batch = buffer.split(buffer.sample_rows(64))
             metrics = smac.smac_critic_gradients(agent, score_scale, None, batch, args)
             metrics |= smac.actor_gradients(agent, batch)
-            smac.apply_gradients(agent, optimizers, 0.005)
+            smac.apply_gradients(optimizers)
             return metrics
 
         call = smac.captured(update, optimizers, enabled)

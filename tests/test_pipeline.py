@@ -668,7 +668,8 @@ def summary(smac, offline, online, eval_every=1000, mean=0.0):
     row = lambda phase, step, returns: dict(
         phase=phase, step=step, updates=step, return_mean=np.mean(returns), score=np.mean(returns),
         **{f"return_{i}": r for i, r in enumerate(returns)})  # fmt: skip
-    rows = [row("offline", 500, offline), *(row("online", step, returns) for step, returns in online.items())]
+    online = {0: offline} | online
+    rows = [row("online", step, returns) for step, returns in online.items()]
     columns = dict(rewards=np.float32([mean]))
     data = smac.Dataset(columns, np.array([1]), dict(ref_min_score=0.0, ref_max_score=100.0), "")
     return smac.summarize(rows, data, eval_every)
