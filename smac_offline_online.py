@@ -117,8 +117,6 @@ class Args:
     """optimiser of the hidden weight matrices offline; all other parameters take Adam"""
     online_optimizer: Literal["muon", "adam"] = "muon"
     """the same online; optimiser states start fresh at the handover"""
-    muon_layers: Literal["hidden", "input"] = "hidden"
-    """hidden-to-hidden weights alone, or those of the input layers too"""
     muon_lr: float = 1e-3
     """Muon learning rate, in the convention 0.2 sqrt(max(rows, cols)) that matches Adam's step size"""
     actor_lr: float = 3e-4
@@ -149,27 +147,16 @@ class Args:
     """gradient updates of the offline phase"""
     kappa: float = 1.0
     """weight of the score-matching term; 0 leaves it out (plain offline SAC)"""
-    score_actions: Literal["dataset", "noised", "policy", "mixed"] = "dataset"
-    """where grad_a Q meets the score: recorded actions, the same noised to a random level, the policy's, or
-    the policy's in half of the batch"""
-    outcome_quantile: float = 0.0
-    """outcome w of the scores: this quantile of the dataset's; 0: each transition's own"""
-    match: Literal["mean", "each"] = "mean"
-    """grad_a of the critics' mean, or of each critic, is held to the score"""
+    score_actions: Literal["dataset", "policy"] = "dataset"
+    """where grad_a Q meets the score: at the recorded actions or at the policy's"""
     alpha_psi: Literal["learned", "temperature"] = "learned"
     """scale of the score: a small network trained by L_SM, or the temperature alpha"""
     score_control: Literal["none", "zero", "shuffled"] = "none"
     """control: 0, or the score of another transition, in the place of the score"""
-    offline_alpha: float = 0.0
-    """temperature of the offline phase; 0: automatic"""
-    reset_alpha: bool = False
-    """start the online phase from temperature 1 and not from the offline one"""
     best_episodes: float = 1.0
     """share of the recording's episodes to keep, those with the highest returns"""
     data_fraction: float = 1.0
     """share of these episodes to keep, at random"""
-    mask_bounds: bool = False
-    """leave out action coordinates within 2 sigma_1 of the bounds, where a smoothed score points inward"""
 
     # online phase
     online_steps: int = 250_000
@@ -621,8 +608,8 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimizers(agent: Agent, kind: str, args: Args, score_scale: Iterable[Tensor] = ()) -> list:
     """Fresh optimisers: Muon for the hidden-to-hidden weights if `kind` says so, Adam for everything else."""
-    first, nets = int(args.muon_layers == "hidden"), (agent.critic.net, agent.actor.net)
-    hidden = [w for net in nets for w in net.weights[first:-1]] if kind == "muon" else []
+    nets = (agent.critic.net, agent.actor.net) if kind == "muon" else ()
+    hidden = [w for net in nets for w in net.weights[1:-1]]
     rest = lambda params: [p for p in params if all(p is not h for h in hidden)]
     slow = {"params": rest([*agent.actor.parameters(), agent.log_alpha]), "lr": args.actor_lr}
     fast = {"params": rest([*agent.critic.parameters(), *score_scale]), "lr": args.critic_lr}
@@ -668,12 +655,12 @@ def denoising_loss(predicted: Tensor, noise: Tensor) -> Tensor:
     return ((noise - predicted) ** 2).sum(-1).mean()
 
 
-def score_matching_loss(grad_q: Tensor, score: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
+def score_matching_loss(grad_q: Tensor, score: Tensor, scale: Tensor) -> Tensor:
     """L_SM = E|| grad_a Q(s,a) - alpha_psi(s) score(s,a,w) ||^2, summed over actions, mean over the batch.
 
-    grad_q (B, A), or (N, B, A) for each critic; score (B, A); scale = alpha_psi (B, 1); weight (B, A): 0, 1.
+    grad_q (B, A), of the critics' mean; score (B, A); scale = alpha_psi, (B, 1) or ().
     """
-    return (weight * (grad_q - scale * score) ** 2).sum(-1).mean()
+    return ((grad_q - scale * score) ** 2).sum(-1).mean()
 
 
 # === Update steps ==========================================================================================
@@ -720,37 +707,24 @@ def polyak_update(target: nn.Module, source: nn.Module, tau: float) -> None:
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
 
 
-def score_targets(score_net: ScoreNet, actor: Actor, batch: dict[str, Tensor], where: str) -> tuple:
-    """The points (B, A) at which grad_a Q is matched, and the scores (B, A) there."""
-    points = batch["actions"]
-    if where == "dataset":
-        return points, batch["scores"]
-    with torch.no_grad():
-        levels = torch.zeros(len(points), dtype=torch.long, device=points.device)  # level 1
-        if where == "noised":
-            levels = torch.randint_like(levels, len(score_net.sigma))
-            points = score_net.noise(points, levels)[0] / (1 - score_net.sigma[levels, None] ** 2).sqrt()
-        else:
-            recorded = points[: len(points) // 2 if where == "mixed" else 0]
-            points = torch.cat([recorded, actor.sample(batch["observations"])[0][len(recorded) :]])
-        return points, score_net.score(batch["observations"], points, batch["outcomes"], levels)
-
-
 def smac_critic_gradients(agent: Agent, score_scale: MLP, score_net: ScoreNet, batch, args: Args) -> dict:
     """Puts the gradient of L_AC + kappa L_SM into `.grad` of the critics and of alpha_psi."""
     observations, actions = batch["observations"], batch["actions"]
-    points, score = score_targets(score_net, agent.actor, batch, args.score_actions)
+    points, score = actions, batch["scores"]
+    if args.score_actions == "policy":
+        with torch.no_grad():
+            points = agent.actor.sample(observations)[0]
+            level_1 = torch.zeros(len(points), dtype=torch.long, device=points.device)
+            score = score_net.score(observations, points, batch["outcomes"], level_1)
     score = {"none": score, "zero": 0 * score, "shuffled": score.roll(1, dims=0)}[args.score_control]
     q, grad_q = q_and_action_gradient(agent.critic, observations, points)  # (N, B), (N, B, A)
-    grad_q = grad_q.mean(dim=0) if args.match == "mean" else grad_q
     if points is not actions:
         q = agent.critic(observations, actions)
     alpha_psi = F.softplus(score_scale(observations)).squeeze(0)  # (B, 1)
     alpha_psi = agent.log_alpha.exp().detach() if args.alpha_psi == "temperature" else alpha_psi
     near_bounds = (points.abs() > 1 - 2 * args.score_sigma).float()
-    weight = 1 - near_bounds if args.mask_bounds else torch.ones_like(points)
     loss_td = td_loss(q, bellman_target(agent, batch, args.gamma))
-    loss_sm = score_matching_loss(grad_q, score, alpha_psi, weight)
+    loss_sm = score_matching_loss(grad_q.mean(dim=0), score, alpha_psi)
     (loss_td + args.kappa * loss_sm).backward(inputs=[*agent.critic.parameters(), *score_scale.parameters()])
     metrics = {"critic_loss": loss_td, "score_matching_loss": loss_sm, "q": q.mean(),
                "alpha_psi": alpha_psi.mean(), "near_bounds": near_bounds.mean()}  # fmt: skip
@@ -1220,10 +1194,9 @@ def train_offline(run: Run, score_net: ScoreNet | None) -> Agent:
     set_statistics(agent, data)
     set_statistics(score_scale, data)
     optimizers = make_optimizers(agent, args.offline_optimizer, args, score_scale.parameters())
-    w, quantile = run.outcomes, args.outcome_quantile
-    w = np.full_like(w, np.quantile(w, quantile)) if quantile else w
-    buffer = ReplayBuffer(transition_widths(*sizes) | dict(outcomes=0, scores=sizes[1]), len(w), device)
-    buffer.add(*transitions(data), w, np.zeros((len(w), sizes[1])))
+    count = len(run.outcomes)
+    buffer = ReplayBuffer(transition_widths(*sizes) | dict(outcomes=0, scores=sizes[1]), count, device)
+    buffer.add(*transitions(data), run.outcomes, np.zeros((count, sizes[1])))
     # the scores of the dataset's own (s, a, w), once
     for rows in buffer.rows.split(8192) if score_net else ():
         batch, level_1 = buffer.split(rows), torch.zeros(len(rows), dtype=torch.long, device=device)
@@ -1239,8 +1212,6 @@ def train_offline(run: Run, score_net: ScoreNet | None) -> Agent:
         metrics |= actor_gradients(agent, batch)
         apply_gradients(optimizers)
         polyak_update(agent.target_critic, agent.critic, args.tau)
-        if args.offline_alpha:
-            agent.log_alpha.data.fill_(math.log(args.offline_alpha))
         return metrics
 
     update = captured(update, optimizers, args.compile)
@@ -1254,8 +1225,6 @@ def train_online(run: Run, agent: Agent, score_net: ScoreNet | None) -> None:
     args, data, device = run.args, run.data, run.device
     torch.manual_seed(stream_seed(args.seed, "online"))
     optimizers = make_optimizers(agent, args.online_optimizer, args)
-    if args.reset_alpha:
-        agent.log_alpha.data.zero_()
     modules = {"agent": agent, "score_net": score_net or nn.Module()}
     widths = transition_widths(run.spec["obs_dim"], run.spec["act_dim"])
     offline, online = (ReplayBuffer(widths, size, device) for size in (data.ends[-1], args.online_steps))
@@ -1287,7 +1256,7 @@ def train_online(run: Run, agent: Agent, score_net: ScoreNet | None) -> None:
             row.copy_(torch.as_tensor(observation)[None])
             action = act().cpu().numpy()
         if step <= first_update and not (args.checkpoint or args.offline_steps):  # nothing was trained yet
-            action = np.array(2 * torch.rand(len(action)) - 1)
+            action = (2 * torch.rand(len(action)) - 1).numpy()
         next_observation, reward, terminated, truncated, _ = env.step(action)
         online.add(observation, action, data.reward(reward), next_observation, terminated)
         observation, run.boundary = next_observation, terminated or truncated
@@ -1328,15 +1297,13 @@ def parse_args() -> Args:
     for name in counts.split():
         if getattr(args, name, 1) < 1:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} is out of range: it has to be at least 1")
-    for name in ("best_episodes", "data_fraction", "outcome_quantile"):
+    for name in ("best_episodes", "data_fraction"):
         if not 0 <= getattr(args, name) <= 1:
             fail(
                 f"--{name.replace('_', '-')} {getattr(args, name)} is out of range: it has to be from 0 to 1"
             )
     if not 0 <= args.target_critics <= args.num_critics:
         fail(f"--target-critics {args.target_critics} is out of range: there are {args.num_critics} critics")
-    if args.offline_alpha < 0:
-        fail(f"--offline-alpha {args.offline_alpha} is out of range: it has to be above 0, or 0 (automatic)")
     return args
 
 

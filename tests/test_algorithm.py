@@ -282,9 +282,8 @@ def test_denoising_loss_by_hand(smac):
 
 def test_score_matching_loss_by_hand(smac):
     grad_q, score = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.0, -1.0], [2.0, 0.5]])
-    scale, weight = torch.tensor([[2.0], [0.5]]), torch.tensor([[1.0, 1.0], [0.0, 1.0]])
-    # row 1: (1 - 2)^2 + (2 + 2)^2 = 17;  row 2: masked + (4 - 0.25)^2 = 14.0625;  mean 15.53125
-    close(smac.score_matching_loss(grad_q, score, scale, weight), 15.53125)
+    # row 1: (1 - 2)^2 + (2 + 2)^2 = 17;  row 2: (3 - 1)^2 + (4 - 0.25)^2 = 18.0625;  mean 17.53125
+    close(smac.score_matching_loss(grad_q, score, torch.tensor([[2.0], [0.5]])), 17.53125)
 
 
 # === Whose gradient goes where =============================================================================
@@ -391,8 +390,8 @@ def smac_gradients(smac, setup, args):
 
 def test_gradient_of_the_score_term_agrees_with_finite_differences(smac):
     setup = agent, score_scale, _, batch = double_setup(smac)
-    plain = smac.Args(kappa=0.0, score_actions="dataset", mask_bounds=False)
-    matched = smac.Args(kappa=1.0, score_actions="dataset", mask_bounds=False)
+    plain = smac.Args(kappa=0.0, score_actions="dataset")
+    matched = smac.Args(kappa=1.0, score_actions="dataset")
     without, with_term = smac_gradients(smac, setup, plain), smac_gradients(smac, setup, matched)
     h = 1e-4
 
@@ -417,15 +416,11 @@ def test_gradient_of_the_score_term_agrees_with_finite_differences(smac):
             close((g1 - g0).view(-1)[i], (above - below) / (2 * h), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("mask_bounds", [False, True])
 @pytest.mark.parametrize("where", ["dataset", "policy"])
 @pytest.mark.parametrize("num_critics", [2, 3])
-def test_smac_critic_gradients_are_those_of_the_loss_plainly_written(smac, num_critics, where, mask_bounds):
+def test_smac_critic_gradients_are_those_of_the_loss_plainly_written(smac, num_critics, where):
     setup = agent, score_scale, score_net, batch = double_setup(smac, num_critics)
-    agent.actor.net.biases[-1].data[..., 0] = 2.0  # some of the policy's actions near the bound
-    batch["actions"][0, 0] = 0.85  # and a recorded one; 1 - 2 * 0.1 = 0.8 is the limit
-    args = smac.Args(num_critics=num_critics, kappa=3.0, gamma=0.9, score_actions=where, score_sigma=0.1,
-                     mask_bounds=mask_bounds)  # fmt: skip
+    args = smac.Args(num_critics=num_critics, kappa=3.0, gamma=0.9, score_actions=where)
     found = smac_gradients(smac, setup, args)
 
     s, a = batch["observations"], batch["actions"]
@@ -436,10 +431,7 @@ def test_smac_critic_gradients_are_those_of_the_loss_plainly_written(smac, num_c
     points = points.clone().requires_grad_(True)
     mean_q = agent.critic(s, points).mean(dim=0)
     grad_q = torch.autograd.grad(mean_q.sum(), points, create_graph=True)[0]
-    inside = points.abs() < 0.8
-    assert inside.any() and not inside.all()
-    weight = inside.double() if mask_bounds else torch.ones_like(points)
-    l_sm = (weight * (grad_q - F.softplus(score_scale(s)[0]) * score) ** 2).sum(1).mean()
+    l_sm = ((grad_q - F.softplus(score_scale(s)[0]) * score) ** 2).sum(1).mean()
 
     next_q = agent.target_critic(batch["next_observations"], agent.actor.mode(batch["next_observations"]))
     entropy_term = 0.5 * (batch["next_observations"] ** 2).sum(-1)
@@ -456,8 +448,8 @@ def test_smac_critic_gradients_are_those_of_the_loss_plainly_written(smac, num_c
 
 @pytest.mark.parametrize(
     "settings",
-    [dict(match="mean"), dict(match="each"), dict(alpha_psi="temperature"), dict(score_control="zero"),
-     dict(score_control="shuffled"), dict(score_control="shuffled", match="each", alpha_psi="temperature")],
+    [dict(), dict(alpha_psi="temperature"), dict(score_control="zero"), dict(score_control="shuffled"),
+     dict(score_control="shuffled", alpha_psi="temperature")],
 )  # fmt: skip
 @pytest.mark.parametrize("layer_norm", [False, True])
 def test_variants_and_controls_are_the_loss_with_one_thing_changed(smac, settings, layer_norm):
@@ -470,8 +462,8 @@ def test_variants_and_controls_are_the_loss_with_one_thing_changed(smac, setting
     found = [b - a for a, b in zip(smac_gradients(smac, setup, smac.Args(kappa=0.0)), found, strict=True)]
 
     s, points = batch["observations"], batch["actions"].clone().requires_grad_(True)
-    q = agent.critic(s, points)
-    each = torch.stack([torch.autograd.grad(q_i.sum(), points, create_graph=True)[0] for q_i in q])
+    mean_q = agent.critic(s, points).mean(dim=0)
+    grad_q = torch.autograd.grad(mean_q.sum(), points, create_graph=True)[0]
     score = batch["scores"]
     if settings.get("score_control") == "zero":
         score = torch.zeros_like(score)
@@ -479,25 +471,12 @@ def test_variants_and_controls_are_the_loss_with_one_thing_changed(smac, setting
         score = torch.cat([score[-1:], score[:-1]])  # every transition gets another's
     scale = F.softplus(score_scale(s)[0])
     scale = 0.5 if "alpha_psi" in settings else scale  # the agent's temperature, which L_SM doesn't train
-    squares = [
-        ((g - scale * score) ** 2).sum(1).mean()
-        for g in (each if settings.get("match") == "each" else [each.mean(0)])
-    ]
+    l_sm = ((grad_q - scale * score) ** 2).sum(1).mean()
     params = [*agent.critic.parameters(), *score_scale.parameters()]
-    expected = torch.autograd.grad(sum(squares) / len(squares), params, allow_unused=True)
+    expected = torch.autograd.grad(l_sm, params, allow_unused=True)
     for p, grad, other in zip(params, found, expected, strict=True):
         close(grad, torch.zeros_like(p) if other is None else other, rtol=1e-6, atol=1e-8)
     assert agent.log_alpha.grad is None
-
-
-def test_half_of_the_mixed_points_are_recorded_and_half_the_policys(smac):
-    agent, _, score_net, batch = double_setup(smac)
-    points, score = smac.score_targets(score_net, agent.actor, batch, "mixed")
-    policys = agent.actor.mode(batch["observations"])
-    close(points[:3], batch["actions"][:3])
-    close(points[3:], policys[3:])
-    level_1 = torch.zeros(6, dtype=torch.long)
-    close(score, score_net.score(batch["observations"], points, batch["outcomes"], level_1))
 
 
 @pytest.mark.parametrize("activation, f", [("relu", torch.relu), ("silu", F.silu)])
@@ -714,18 +693,7 @@ def test_trained_score_agrees_with_a_gaussian_mixture(smac):
     assert relative_error(score, expected) < 0.15
 
 
-def test_noised_points_carry_the_smoothing_of_their_level(smac, monkeypatch):
-    monkeypatch.setattr(smac.ScoreNet, "forward", exact_denoiser(0.0, 0.0))  # all data at 0
-    net, size = smac.ScoreNet(OBS, ACT, (8,), 1, 0.6), 20_000
-    batch = dict(
-        observations=torch.zeros(size, OBS), actions=torch.zeros(size, ACT), outcomes=torch.zeros(size)
-    )
-    points, score = smac.score_targets(net, None, batch, "noised")
-    assert abs(points.std() - 0.75) < 0.02  # sigma / sqrt(1 - sigma^2) = 0.6 / 0.8
-    close(score, -points / 0.75**2, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("where", ["dataset", "noised", "policy"])
+@pytest.mark.parametrize("where", ["dataset", "policy"])
 def test_critic_learns_to_point_towards_the_mode_of_the_data(smac, monkeypatch, where):
     """The sign of the score term: eps points away from the data, grad_a Q must point back to it."""
     mode, std = torch.tensor([0.3, -0.4]), 0.2
