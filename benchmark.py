@@ -20,7 +20,8 @@ Writes OUT/speed.csv (one row per case, turn and phase, with hardware and versio
 STUDIES. OUT/plan.toml names the variants of each task with their flags. Every run leaves
 OUT/TASK/VARIANT__SEED.csv: the run's metrics.csv with flags, seed, device, code version and dataset
 checksum in every row. What is there is not run again, so a study can be stopped and gone on with. A failed
-run is reported with its last words. `{seed}` in a variant's flags stands for the run's seed.
+run is reported with its last words. A variant's flags may begin with the script that it runs; `{seed}` in
+them stands for the run's seed, `{checkpoints}` for the folder that --checkpoints names.
 
 IMITATION. What imitating the recording gives without any critic, on the same network sizes: behaviour cloning
 by maximum likelihood, and the score estimator itself sampled as a policy, given a high outcome (diffusion
@@ -533,9 +534,10 @@ def plan(args: Study) -> list[dict]:
         raise SystemExit(f"error: {path} can't be read ({error}): a study begins with its plan") from error
     chosen = {task: tasks[task] for task in args.env_ids or tasks if task in tasks}
     file = lambda task, variant, seed: Path(args.out) / task / f"{variant}__{seed}.csv"
-    flagged = lambda flags, seed: flags.replace("{seed}", str(seed))
     job = lambda *of: dict(zip(("task", "variant", "seed"), of), file=file(*of))
-    return [job(task, variant, seed) | dict(flags=flagged(flags, seed))
+    kept = str(Path(args.checkpoints).resolve()) if args.checkpoints else "{checkpoints}"
+    words = lambda flags, seed: flags.replace("{seed}", str(seed)).replace("{checkpoints}", kept)
+    return [job(task, variant, seed) | dict(flags=flags, words=words(flags, seed).split())
             for seed in args.seeds for task, variants in chosen.items() for variant, flags in variants.items()
             if not args.variants or variant in args.variants]  # fmt: skip
 
@@ -547,19 +549,21 @@ def work(job: dict, script: str, checkpoints: str | None = None) -> str:
     Returns "" or the last lines of what a failed run printed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        words = [sys.executable, str(ROOT / script), "--env-id", job["task"], "--seed", str(job["seed"])]
+        words = job["words"]
+        script, words = (words[0], words[1:]) if words and words[0].endswith(".py") else (script, words)
+        words = ["--env-id", job["task"], "--seed", str(job["seed"]), *words]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
         how = dict(cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        done = subprocess.run([*words, *job["flags"].split()], **how)
+        done = subprocess.run([sys.executable, str(ROOT / script), *words], **how)
         if done.returncode:
             return done.stdout[-1500:]
         (directory,) = (Path(folder) / "runs").iterdir()
         config = json.loads((directory / "config.json").read_text())
         with open(directory / "metrics.csv", newline="") as file:
             rows = list(csv.DictReader(file))
-        for name in ("offline", "final") if checkpoints else ():
-            state = torch.load(directory / f"{name}.pt", weights_only=True) | {"optimizers": []}
-            kept = Path(checkpoints) / job["task"] / f"{job['variant']}__{job['seed']}_{name}.pt"
+        for path in [*directory.glob("offline.pt"), *directory.glob("final.pt")] if checkpoints else ():
+            state = torch.load(path, weights_only=True) | {"optimizers": []}
+            kept = Path(checkpoints) / job["task"] / f"{job['variant']}__{job['seed']}_{path.name}"
             kept.parent.mkdir(parents=True, exist_ok=True)
             torch.save(state, kept)
     origin = {key: job[key] for key in ("variant", "flags", "seed", "code")}

@@ -264,11 +264,17 @@ def test_a_study_without_a_plan_is_one_sentence(benchmark, tmp_path):
 
 def test_the_run_s_seed_and_checkpoints(benchmark, smac, tmp_path):
     """{seed} in a variant's flags, and checkpoints kept without optimiser states."""
-    (tmp_path / "plan.toml").write_text('[pendulum-medium-replay]\nshort = "--run-of {seed}"\n')
-    (job,) = benchmark.plan(benchmark.Study(str(tmp_path), seeds=(7,)))
-    assert job["flags"] == "--run-of 7" and job["file"].name == "short__7.csv"
-    job["flags"] = "--score-steps 1 --offline-steps 2 --online-steps 2 --hidden-sizes 4 --eval-episodes 1"
-    assert not benchmark.work(job | {"code": "x"}, "smac_offline_online.py", str(tmp_path / "kept"))
+    short = "--score-steps 1 --offline-steps 2 --online-steps 2 --hidden-sizes 4 --eval-episodes 1"
+    then = "td3_finetune.py --checkpoint {checkpoints}/pendulum-medium-replay/short__{seed}_offline.pt"
+    lines = ["[pendulum-medium-replay]", f'short = "{short}"', f'then = "{then}"']
+    (tmp_path / "plan.toml").write_text("\n".join(lines))
+    study = benchmark.Study(str(tmp_path), seeds=(7,), workers=1, checkpoints=str(tmp_path / "kept"))
+    job, _ = benchmark.plan(study)
+    assert job["words"] == short.split() and job["file"].name == "short__7.csv"
+    benchmark.run_study(study)
+    with open(tmp_path / "pendulum-medium-replay" / "then__7.csv", newline="") as file:
+        assert next(csv.DictReader(file))["flags"] == then
+    assert (tmp_path / "kept" / job["task"] / "then__7_final.pt").exists()
     for name in ("offline", "final"):
         state = smac.load_checkpoint(tmp_path / "kept" / job["task"] / f"short__7_{name}.pt")
         assert state["seed"] == 7 and state["optimizers"] == [] and "actor.net.weights.0" in state["agent"]
