@@ -144,6 +144,10 @@ class StudyReport:
     """folder of the study, results/NAME"""
     seeds: tuple[int, ...] = ()
     """only these; all if none is named"""
+    variants: tuple[str, ...] = ()
+    """only these"""
+    brief: bool = False
+    """without the flags and the diagnostics"""
     script: str = "smac_offline_online.py"
     """script whose summary is taken"""
 
@@ -735,7 +739,7 @@ def picture(path: Path, runs_of: dict[str, list[dict]]) -> None:
     axes.set_yticks(range(len(runs_of)), runs_of)
     axes.invert_yaxis()
     axes.set_xlabel("normalised score")
-    axes.set_title(path.stem)
+    axes.set_title(path.stem.removesuffix("_brief"))
     figure.legend(loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path, dpi=100)
     plt.close(figure)
@@ -749,16 +753,18 @@ def lowest(result: dict) -> float:
 def study_report(args: StudyReport) -> str:
     """A Markdown table a task from a study's csvs, means and standard errors over seeds; also printed.
 
-    Beside the csvs it draws OUT/TASK.png.
+    Beside the csvs it draws OUT/TASK.png, or OUT/TASK_brief.png.
     """
     folder, text = Path(args.out), ""
     found = summaries(folder, args.script)
-    wanted = set(args.seeds)
+    wanted, named = set(args.seeds), set(args.variants)
+    ending = "_brief" if args.brief else ""
     for task in sorted({task for task, _ in found}):
         rows, shown = [], {}
         order = list(tomllib.loads((folder / "plan.toml").read_text()).get(task, {}))
         planned = lambda variant, order=order: [*order, variant].index(variant)
-        for variant in sorted((v for t, v in found if t == task), key=planned):
+        chosen = [v for t, v in found if t == task and (not named or v in named)]
+        for variant in sorted(chosen, key=planned):
             runs = [r for r in found[task, variant] if not wanted or r["seed"] in wanted]
             if not runs:
                 continue
@@ -774,17 +780,22 @@ def study_report(args: StudyReport) -> str:
 
             flags = runs[0]["rows"][0]["flags"]
             smooth = sum(r.get("smooth", False) for r in runs)
-            rows.append({"variant": variant, "flags": flags and f"`{flags}`",
-                         "seeds": " ".join(str(r["seed"]) for r in sorted(runs, key=lambda r: r["seed"])),
-                         "offline score": cell("offline"), "drop": cell("drop"), "final score": cell("final"),
-                         "regret": cell("regret", 3), "smooth": f"{smooth} of {len(runs)}",
-                         "cosine, data": cell("cosine_dataset", 2),
-                         "cosine, policy": cell("cosine_policy", 2), "Q": cell("q_policy"),
-                         "alpha": cell("alpha", 3), "alpha_psi": cell("alpha_psi", 3)})  # fmt: skip
+            row = {"variant": variant, "flags": flags and f"`{flags}`",
+                   "seeds": " ".join(str(r["seed"]) for r in sorted(runs, key=lambda r: r["seed"])),
+                   "offline score": cell("offline"), "drop": cell("drop"), "final score": cell("final"),
+                   "regret": cell("regret", 3),
+                   "smooth": f"{smooth} of {len(runs)}" if "drop" in runs[0] else ""}  # fmt: skip
+            if args.brief:
+                row.pop("flags")
+            else:
+                row |= {"cosine, data": cell("cosine_dataset", 2), "cosine, policy": cell("cosine_policy", 2),
+                        "Q": cell("q_policy"), "alpha": cell("alpha", 3),
+                        "alpha_psi": cell("alpha_psi", 3)}  # fmt: skip
+            rows.append(row)
             shown[variant] = runs
         if rows:
             text += f"### {task}\n\n{markdown(rows)}\n"
-            picture(folder / f"{task}.png", shown)
+            picture(folder / f"{task}{ending}.png", shown)
     print(text)
     return text
 
