@@ -278,7 +278,7 @@ def probe(case: dict) -> dict:
     """Figures of one case by phase: runs the script's main() with `Run.steps` timed."""
     module, found = load_script(case["script"]), {}
     module.Run.steps = timed(module.Run.steps, case["seconds"], case["started"], found)
-    module.report = lambda run: None
+    module.report = lambda *_: None
     if case["copies"] > 1:  # the same recording several times over
         load = module.load_dataset
 
@@ -555,6 +555,7 @@ def work(job: dict, script: str, checkpoints: str | None = None) -> str:
     with tempfile.TemporaryDirectory() as folder:
         words = job["words"]
         script, words = (words[0], words[1:]) if words and words[0].endswith(".py") else (script, words)
+        module = load_script(ROOT / script) if checkpoints else None
         words = ["--env-id", job["task"], "--seed", str(job["seed"]), *words]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
         how = dict(cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -566,7 +567,7 @@ def work(job: dict, script: str, checkpoints: str | None = None) -> str:
         with open(directory / "metrics.csv", newline="") as file:
             rows = list(csv.DictReader(file))
         for path in [*directory.glob("offline.pt"), *directory.glob("final.pt")] if checkpoints else ():
-            state = torch.load(path, weights_only=True) | {"optimizers": []}
+            state = module.sealed(module.load_checkpoint(path) | {"optimizers": []})
             kept = Path(checkpoints) / job["task"] / f"{job['variant']}__{job['seed']}_{path.name}"
             kept.parent.mkdir(parents=True, exist_ok=True)
             torch.save(state, kept)

@@ -532,6 +532,7 @@ def record(args: RecordArgs) -> None:
         dataset.storage.update_metadata({
             "horizon": env.spec.max_episode_steps, "reward_scale": 1.0, "reward_bias": 0.0, "seed": args.seed,
             "code_version": started, "record_settings": settings, "statistics": statistics,
+            "data_checksum": dataset_checksum(Path(root) / args.dataset_id),
             "final_scores": final_scores, "dataset_size": round(dataset.storage.get_size(), 1)})  # fmt: skip
         shutil.copytree(root, args.out, dirs_exist_ok=True)
 

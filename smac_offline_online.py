@@ -41,6 +41,7 @@ events, metrics.csv (a row per evaluation, every episode's return), offline.pt, 
 """
 
 import difflib
+import fcntl
 import hashlib
 import inspect
 import json
@@ -319,6 +320,7 @@ def load_dataset(dataset_id: str, download: bool = False) -> Dataset:
         columns = dict(np.load(cache)) if cache.exists() else read_episodes(folder)
         scores = metadata["ref_min_score"], metadata["ref_max_score"]
         assert None not in scores, "it names no reference scores"
+        assert metadata.get("data_checksum", checksum) == checksum, "its data have another checksum"
     except Exception as error:  # h5py, Minari and zip files raise many kinds
         fail(f"dataset {folder} can't be read ({type(error).__name__}: {error}): restore or record it again")
     try:
@@ -761,14 +763,14 @@ def captured(update: Callable, optimizers: list[torch.optim.Optimizer], enabled:
 
 # === Evaluation, logging, checkpoints ======================================================================
 
-FORMAT = 1  # of a checkpoint
+FORMAT = 2  # of a checkpoint
 # what a checkpoint and the run that goes on from it have to agree on
 FIXED = ("env_id", "env", "obs_dim", "act_dim", "flattening", "action_bounds", "log_std_bounds",
          "hidden_sizes", "num_critics", "critic_activation", "critic_layer_norm", "gamma", "reward_scale",
          "reward_bias", "dataset_checksum")  # fmt: skip
 # settings that a run does not take from a checkpoint
 OWN = {"device", "compile", "download", "resume", "checkpoint", "checkpoint_every", "snapshot_every", "video",
-       "video_only"}  # fmt: skip
+       "video_only", "online_steps"}  # fmt: skip
 PHASES = ("score", "offline", "online")
 LOG_EVERY = 500  # updates between TensorBoard scalars
 PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "minari")  # their versions go into checkpoints
@@ -796,30 +798,75 @@ def evaluate(actor: Actor, envs: list[gym.Env], device: torch.device | str) -> l
     return [np.array(episode) for episode in rewards]
 
 
-def load_checkpoint(path: Path) -> dict:
-    """The content of a checkpoint; one sentence and exit if it is missing, damaged or of another format."""
+def fingerprint(value, crc: int = 0) -> int:
+    """CRC-32 of all that a checkpoint holds: tensors by their bytes, everything else by its text."""
+    if isinstance(value, dict):
+        for key in sorted(value, key=str):
+            crc = fingerprint(value[key], zlib.crc32(str(key).encode(), crc))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            crc = fingerprint(item, crc)
+    elif isinstance(value, Tensor):
+        crc = zlib.crc32(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy(), crc)
+    else:
+        crc = zlib.crc32(repr(value).encode(), crc)
+    return crc
+
+
+def sealed(state: dict) -> dict:
+    """The checkpoint with its checksum inside."""
+    content = {key: value for key, value in state.items() if key != "checksum"}
+    return content | {"checksum": fingerprint(content)}
+
+
+def read_checkpoint(path: Path) -> tuple[dict, str]:
+    """The content of a checkpoint and "", or {} and a sentence that says why it can't be taken."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = state["format"] if isinstance(state, dict) else type(state).__name__
-        assert found != FORMAT or not {*FIXED, "phase", "rows"} - state.keys(), "parts of it are missing"
+        intact = found != FORMAT or sealed(state)["checksum"] == state["checksum"]
+    except FileNotFoundError:
+        return {}, f"there is no checkpoint {path}"
     except Exception as error:  # torch raises many kinds on damaged files
-        fail(f"{path} is not a readable checkpoint ({type(error).__name__}): take another one")
+        return {}, f"{path} is not a readable checkpoint ({type(error).__name__}): take another one"
     if found != FORMAT:
-        fail(f"{path} is a checkpoint of format {found}; this script reads format {FORMAT}")
+        return {}, f"{path} is a checkpoint of format {found}; this script reads format {FORMAT}"
+    if not intact or {*FIXED, "phase", "rows"} - state.keys():
+        return {}, f"{path} is damaged: its content does not have the checksum inside; take another one"
+    return state, ""
+
+
+def load_checkpoint(path: Path) -> dict:
+    """The content of a checkpoint; one sentence and exit if it is missing, damaged or of another format."""
+    state, reason = read_checkpoint(path)
+    if reason:
+        fail(reason)
     return state
+
+
+def fill(module: nn.Module, saved: dict[str, Tensor], name: str) -> None:
+    """load_state_dict; one sentence and exit where the shapes don't fit or a number isn't finite."""
+    try:
+        module.load_state_dict(saved)
+        assert all(tensor.isfinite().all() for tensor in module.state_dict().values()), "it is not finite"
+    except Exception as error:  # torch lists every key, line by line
+        fail(f"the {name} in the checkpoint can't be taken ({' '.join(str(error).split())[:200]})")
 
 
 def restore(state: dict, device: torch.device | str = "cpu") -> tuple[Agent, ScoreNet | None]:
     """The agent of a checkpoint, and its score estimator where it has one."""
-    agent, score_net = make_agent(state).to(device), None
+    try:
+        agent, score_net = make_agent(state).to(device), None
+    except Exception as error:  # what the settings can be, a damaged file decides
+        fail(f"the checkpoint describes no networks ({type(error).__name__}: {error}): take another one")
     if "agent" in state:
-        agent.load_state_dict(state["agent"])
+        fill(agent, state["agent"], "agent")
     else:  # a snapshot holds no more than the policy
-        agent.actor.load_state_dict(state["actor"])
+        fill(agent.actor, state.get("actor"), "actor")
     if state.get("score_net"):
         sizes = (state["obs_dim"], state["act_dim"], state["score_hidden_sizes"])
         score_net = ScoreNet(*sizes, state["score_levels"], state["score_sigma"]).to(device)
-        score_net.load_state_dict(state["score_net"])
+        fill(score_net, state["score_net"], "score estimator")
         score_net.requires_grad_(False)
     return agent, score_net
 
@@ -898,39 +945,64 @@ class Run:
     """A run's directory and all that is written there; `state` is the checkpoint it goes on from, or {}."""
 
     def __init__(self, args: Args, directory: Path, data: Dataset, env_spec, spec: dict, device, state: dict):
-        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
-
         self.args, self.directory, self.data, self.env_spec = args, directory, data, env_spec
         self.spec, self.device, self.state, self.rows = spec, device, state, state.get("rows", [])
+        self.lock = open(directory / "lock", "a+")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a dead process holds no lock
+        except OSError:
+            fail(
+                f"{directory} is in use by another process (see its lock file): wait for it or stop it first"
+            )
+        self.lock.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()}", file=self.lock, flush=True)
         self.envs = [make_env(env_spec) for _ in range(args.eval_episodes)]
         self.saved_at, self.began = time.monotonic(), time.monotonic() - state.get("seconds", 0.0)
-        self.metrics, self.rates, self.updates, self.evaluating, self.stopping = {}, {}, 0, 0.0, False
+        self.metrics, self.rates, self.updates, self.evaluating, self.stopping = {}, {}, 0, 0.0, 0
         self.boundary, self.extras = True, {}  # online: between two episodes? where in which episode?
         self.outcomes = outcomes(data, args.gamma)
         self.online, self.stored, self.crc = None, 0, 0  # replay; rows and checksum of online_buffer.bin
-        self.writer = SummaryWriter(directory)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.on_signal)
+        self.handlers = [signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)]
 
     def on_signal(self, number, frame) -> None:
         if self.stopping:
             raise KeyboardInterrupt
-        self.stopping = True
+        self.stopping = number
         tqdm.write("stopping: last.pt is being written (once more to leave without it)")
+
+    def close(self) -> None:
+        """Lets go of the directory."""
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), self.handlers):
+            signal.signal(number, handler)
+        if hasattr(self, "writer"):
+            self.writer.close()
+        self.lock.close()
+
+    def good(self) -> str:
+        """The newest checkpoint, for messages."""
+        files = [self.directory / name for name in ("last.pt", "previous.pt", "offline.pt")]
+        newest = next((path for path in files if path.exists()), None)
+        return f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
 
     def steps(self, phase: str, total: int, modules: dict, optimizers: list) -> Iterator[int]:
         """Yields 1 to total, or goes on where a run stopped; behind each step logs, evaluates, saves."""
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
         self.phase, self.modules, args = phase, modules, self.args
         later = PHASES.index(self.state.get("phase", "score")) - PHASES.index(phase)
         done = 0 if not self.state or later < 0 else total if later else self.state["step"]
         saved = self.state | self.state["extras"] if done else {}
         for key in modules.keys() & saved.keys():
-            modules[key].load_state_dict(saved[key])
+            fill(modules[key], saved[key], key)
         if done and not later:
-            for optimizer, state in zip(optimizers, saved["optimizers"]):
+            for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
             torch.set_rng_state(saved["random_states"][0])
             torch.cuda.set_rng_state_all(saved["random_states"][1:])
+        # a folder for each phase: steps begin anew, and a resumed phase drops what it is about to repeat
+        self.writer = SummaryWriter(
+            self.directory / "tensorboard" / phase, purge_step=done + 1 if done else None
+        )
         style = dict(unit="step", dynamic_ncols=True, disable=None)  # a bar on terminals only
         self.bar = tqdm(range(done + 1, total + 1), phase, initial=done, total=total, **style)
         if done == 0:
@@ -953,9 +1025,10 @@ class Run:
             if self.stopping:
                 self.bar.close()
                 print(f"stopped; go on with: python {Path(__file__).name} --resume {self.directory}")
-                raise SystemExit(130)
+                raise SystemExit(128 + self.stopping)
         updates = self.updates - earlier if phase == "online" else total - done
         self.rates[phase] = updates / (time.monotonic() - began - self.evaluating)
+        self.writer.close()
         name = {"offline": "offline.pt", "online": "final.pt"}.get(phase)
         if name and later <= 0 and not (self.directory / name).exists():
             self.save(name, total, modules, optimizers)
@@ -986,9 +1059,8 @@ class Run:
         """Scalars phase/name for TensorBoard. The only place where an update's numbers leave the device."""
         for name, value in ((name, float(value)) for name, value in metrics.items()):
             if not math.isfinite(value):
-                last = self.directory / "last.pt"  # the last good state, if there is one
                 at = f"{name} is {value} at {self.phase} step {step}"
-                fail(f"{at}: lower the learning rates, or see {last}")
+                fail(f"{at}, training diverged: lower the learning rates; {self.good()}")
             self.writer.add_scalar(f"{self.phase}/{name}", value, step)
 
     def save(self, name: str, step: int, modules: dict[str, nn.Module], optimizers: list) -> None:
@@ -1008,9 +1080,15 @@ class Run:
             state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
             state["random_states"] = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
             state["seconds"] = time.monotonic() - self.began
+            for key, tensor in (
+                (k, t) for module in modules.values() for k, t in module.state_dict().items()
+            ):
+                if not tensor.isfinite().all():  # what is saved is good
+                    fail(f"{key} is not finite at {self.phase} step {step}, training diverged: lower the "
+                         f"learning rates; {self.good()}")  # fmt: skip
 
             def write(temporary: Path) -> None:
-                torch.save(state, temporary)
+                torch.save(sealed(state), temporary)
                 if name == "last.pt" and path.exists():  # only now, with the new one complete
                     os.replace(path, path.with_name("previous.pt"))
 
@@ -1022,7 +1100,7 @@ class Run:
         """The observation to start from online. A resumed run gets its transitions back and plays the episode
         under way again: every reset is seeded from (seed, episode)."""
         self.online, self.extras = online, {"episode": 0, "start": 0}
-        if self.state.get("phase") == "online":
+        if "online_rows" in self.state.get("extras", {}):
             saved, path = self.state["extras"], self.directory / "online_buffer.bin"
             self.extras = {key: saved[key] for key in self.extras}
             self.stored, self.crc = saved["online_rows"], saved["online_crc"]
@@ -1037,6 +1115,16 @@ class Run:
         for action in played["actions"].cpu().numpy():
             observation = env.step(action)[0]
         return observation
+
+    def act(self, env: gym.Env, action: np.ndarray) -> tuple:
+        """env.step; one sentence and exit where the environment fails or returns what is not finite."""
+        try:
+            observation, reward, terminated, truncated, _ = env.step(action)
+        except Exception as error:  # an environment may come from anywhere
+            fail(f"the environment failed ({type(error).__name__}: {error}); {self.good()}")
+        if not (math.isfinite(reward) and np.isfinite(observation).all()):
+            fail(f"the environment returned a reward or observation that is not finite; {self.good()}")
+        return observation, reward, terminated, truncated
 
 
 def episode_returns(row: dict) -> list[float]:
@@ -1077,7 +1165,6 @@ def report(run: Run, agent: Agent) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    run.writer.close()
     figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
     mean = run.data.score(run.data.returns().mean())
     for phase, handover in (("offline", run.args.offline_steps), ("online", 0)):
@@ -1257,7 +1344,7 @@ def train_online(run: Run, agent: Agent, score_net: ScoreNet | None) -> None:
             action = act().cpu().numpy()
         if step <= first_update and not (args.checkpoint or args.offline_steps):  # nothing was trained yet
             action = (2 * torch.rand(len(action)) - 1).numpy()
-        next_observation, reward, terminated, truncated, _ = env.step(action)
+        next_observation, reward, terminated, truncated = run.act(env, action)
         online.add(observation, action, data.reward(reward), next_observation, terminated)
         observation, run.boundary = next_observation, terminated or truncated
         if run.boundary:
@@ -1336,12 +1423,16 @@ def open_run(args: Args, algorithm: str, online_algorithm: str) -> Run:
 
     directory, state, origin = Path(args.resume or run_name(args)), {}, {}
     if args.resume:
-        names = [name for name in ("last.pt", "previous.pt", "offline.pt") if (directory / name).exists()]
-        if not names:
-            fail(f"{directory} holds no checkpoint yet: start that run again")
-        state = load_checkpoint(directory / names[0])
+        names = ("final.pt", "last.pt", "previous.pt", "offline.pt")
+        for name in (name for name in names if (directory / name).exists()):
+            state, reason = read_checkpoint(directory / name)
+            if state:
+                break
+            print(f"note: {reason}")
+        else:
+            fail(f"{directory} holds no checkpoint to go on from: start that run again")
         if state["dataset_checksum"] != data.checksum:
-            fail(f"{directory / names[0]} comes from other data than {dataset_id} holds now: restore them")
+            fail(f"{directory / name} comes from other data than {dataset_id} holds now: restore them")
     if args.checkpoint:
         origin = state or load_checkpoint(Path(args.checkpoint))
         algorithm = origin["algorithm"]
@@ -1396,7 +1487,9 @@ def main() -> None:
             train_online(run, agent, score_net)
         report(run, agent)
     except OSError as error:
-        fail(f"{error}: if the disk is full, free some space, then go on from the last.pt in {run.directory}")
+        fail(f"{error}: if the disk is full, free some space, then --resume {run.directory}; {run.good()}")
+    finally:
+        run.close()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import fcntl
 import json
 import os
 import pickle
@@ -115,7 +116,7 @@ def assert_same_run(one: Result, other: Result) -> None:
     for name in ("offline.pt", "final.pt"):
         states = [run.state(name) for run in (one, other)]
         for state in states:
-            del state["seconds"], state["resume"]
+            del state["seconds"], state["resume"], state["checksum"]
             for row in state["rows"]:
                 row.pop("seconds")
         assert_equal(*states, name)
@@ -149,8 +150,8 @@ def test_a_run_leaves_its_files(whole, smac):
         "final.pt",
         "learning_curve.png",
         "snapshots",
+        "tensorboard",
     }
-    assert any(name.startswith("events.out.tfevents") for name in names)
     assert (whole.directory / Path(smac.__file__).name).read_bytes() == Path(smac.__file__).read_bytes()
     assert (whole.directory / "learning_curve.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert not [name for name in names if name.startswith(".")], "temporary files were left"
@@ -183,20 +184,21 @@ def test_online_starts_from_the_offline_policy(whole):
         assert online[key] == offline[key]
 
 
-def test_tensorboard_holds_the_documented_scalars(whole):
+def test_tensorboard_holds_the_documented_scalars(whole, smac):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(whole.directory))
-    events.Reload()
+    events = {p: EventAccumulator(str(whole.directory / "tensorboard" / p)) for p in smac.PHASES}
+    tags_of = {phase: set(found.Reload().Tags()["scalars"]) for phase, found in events.items()}
     shared = ("critic_loss", "q", "actor_loss", "temperature_loss", "alpha", "entropy", "return")
     tags = {f"{phase}/{name}" for phase in ("offline", "online") for name in (*shared, "normalised_score")}
     tags |= {
         f"offline/{name}" for name in ("score_matching_loss", "cosine_dataset", "cosine_policy", "alpha_psi")
     }
     tags |= {"score/denoising_loss", *(f"score/held_out_loss_level_{t}" for t in range(1, 6))}
-    assert tags <= set(events.Tags()["scalars"])
+    assert tags <= set.union(*tags_of.values())
+    assert all(tag.startswith(f"{phase}/") for phase, found in tags_of.items() for tag in found)
     returns = [float(row["return_mean"]) for row in whole.rows() if row["phase"] == "offline"]
-    assert [e.value for e in events.Scalars("offline/return")] == pytest.approx(returns)
+    assert [e.value for e in events["offline"].Scalars("offline/return")] == pytest.approx(returns)
 
 
 @pytest.mark.parametrize("name", ["offline.pt", "final.pt"])
@@ -297,9 +299,10 @@ def test_a_run_stopped_at_the_last_step_of_a_phase_is_complete_when_resumed(
 
 @pytest.fixture
 def copied(stopped, tmp_path):
-    """A copy of the run that was stopped and gone on with; its last.pt is of the online phase."""
+    """A copy of the run that was stopped and gone on with, without its end: last.pt is of the online one."""
     directory = tmp_path / "runs" / "stopped"
     shutil.copytree(stopped[0][-1].directory, directory)
+    (directory / "final.pt").unlink()
     return directory
 
 
@@ -336,11 +339,103 @@ def foreign(path):
     path.write_bytes(pickle.dumps({"format": 1, "path": Path("/")}))
 
 
-@pytest.mark.parametrize("damage", [cut_off, other_format, no_format, no_dict, foreign])
-def test_a_checkpoint_that_cannot_be_read_is_one_sentence(copied, inside, tmp_path, damage):
-    (copied / "previous.pt").unlink(missing_ok=True)
+def one_bit(path):
+    state = torch.load(path, weights_only=True)
+    state["agent"]["actor.net.weights.0"].view(torch.int32)[0, 0, 0] ^= 1
+    torch.save(state, path)
+
+
+def parts_missing(path):
+    state = torch.load(path, weights_only=True)
+    del state["gamma"]
+    torch.save(state, path)
+
+
+DAMAGES = [cut_off, other_format, no_format, no_dict, foreign, one_bit, parts_missing]
+
+
+@pytest.mark.parametrize("damage", [cut_off, one_bit])
+def test_a_damaged_last_pt_falls_back_to_previous_pt_and_says_so(copied, inside, tmp_path, whole, damage):
+    shutil.copy(copied / "last.pt", copied / "previous.pt")
     damage(copied / "last.pt")
+    run = inside(f"--resume {copied}", tmp_path)
+    assert run.code == 0 and re.search(r"^note: .*last\.pt", run.output, re.MULTILINE)
+    assert_same_run(run, whole)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_without_a_checkpoint_that_can_be_read_it_is_one_sentence(copied, inside, tmp_path, damage):
+    for path in copied.glob("*.pt"):
+        damage(path)
     assert is_sentence(inside(f"--resume {copied}", tmp_path).code)
+
+
+def test_a_complete_run_is_shown_again(whole, inside, tmp_path):
+    directory = tmp_path / "runs" / "complete"
+    shutil.copytree(whole.directory, directory)
+    before = (directory / "final.pt").read_bytes()
+    (directory / "learning_curve.png").unlink()
+    run = inside(f"--resume {directory}", tmp_path)
+    assert run.code == 0 and (directory / "learning_curve.png").exists()
+    assert (directory / "final.pt").read_bytes() == before and run.rows() == whole.rows()
+
+
+def test_a_directory_in_use_is_refused_and_a_dead_process_holds_none(copied, inside, tmp_path):
+    with open(copied / "lock", "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        code = inside(f"--resume {copied}", tmp_path).code
+        assert is_sentence(code) and "in use" in code
+    (copied / "lock").write_text("process 1 on elsewhere")  # left by a process that was killed
+    assert inside(f"--resume {copied}", tmp_path).code == 0
+
+
+def test_sigterm_ends_with_its_own_code_and_a_second_signal_at_once(smac, inside, monkeypatch, tmp_path):
+    evaluate = smac.Run.evaluate
+
+    def stop(run, at):
+        for _ in range(signals if (run.phase, at) == ("offline", 5) else 0):
+            os.kill(os.getpid(), signal.SIGTERM)
+        evaluate(run, at)
+
+    monkeypatch.setattr(smac.Run, "evaluate", stop)
+    signals = 1
+    run = inside(TINY + "--eval-every 5", tmp_path / "once")
+    assert run.code == 143 and run.state("last.pt")["step"] == 5
+    signals = 2
+    with pytest.raises(KeyboardInterrupt):
+        inside(TINY + "--eval-every 5", tmp_path / "twice")
+    assert not list((tmp_path / "twice").rglob("last.pt"))
+
+
+@pytest.mark.parametrize("what", ["reward", "observation", "exception"])
+def test_a_failing_environment_is_one_sentence(smac, inside, monkeypatch, tmp_path, what):
+    class Broken(gym.Wrapper):
+        def step(self, action):
+            observation, reward, *rest = self.env.step(action)
+            if what == "exception":
+                raise RuntimeError("the simulator fell over")
+            bad = (observation * np.nan, reward) if what == "observation" else (observation, np.inf)
+            return *bad, *rest
+
+    make_env, made = smac.make_env, []
+
+    def make(spec, **kwargs):
+        made.append(make_env(spec, **kwargs))
+        return Broken(made[-1]) if len(made) == 4 else made[-1]  # the data's, two to evaluate, the online one
+
+    monkeypatch.setattr(smac, "make_env", make)
+    run = inside(TINY + "--eval-episodes 2", tmp_path)
+    assert is_sentence(run.code) and "environment" in run.code and "offline.pt" in run.code
+
+
+def test_resumed_tensorboard_curves_have_every_step_once(stopped):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for phase in ("score", "offline", "online"):
+        events = EventAccumulator(str(stopped[0][-1].directory / "tensorboard" / phase)).Reload()
+        for tag in events.Tags()["scalars"]:
+            steps = [event.step for event in events.Scalars(tag)]
+            assert steps == sorted(set(steps)), tag
 
 
 def test_without_last_pt_the_previous_one_is_taken(copied, inside, tmp_path, whole):
@@ -352,7 +447,7 @@ def test_without_last_pt_the_previous_one_is_taken(copied, inside, tmp_path, who
 
 
 def test_without_either_it_goes_on_from_offline_pt_and_without_that_says_so(copied, inside, tmp_path, whole):
-    for name in ("last.pt", "previous.pt", "final.pt"):
+    for name in ("last.pt", "previous.pt"):
         (copied / name).unlink(missing_ok=True)
     run = inside(f"--resume {copied}", tmp_path)
     assert run.code == 0
