@@ -314,18 +314,23 @@ def load_dataset(dataset_id: str, download: bool = False) -> Dataset:
     folder = find_dataset(dataset_id, download)
     try:
         metadata, checksum = json.loads((folder / "data/metadata.json").read_text()), dataset_checksum(folder)
+        assert metadata.get("data_checksum", checksum) == checksum, "its data have another checksum"
         reader = zlib.crc32(inspect.getsource(read_episodes).encode())  # another reader, another file
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "smac"
         cache /= f"{checksum}-{reader:08x}.npz"
-        columns = dict(np.load(cache)) if cache.exists() else read_episodes(folder)
+        try:
+            cached = np.load(cache)
+            columns = {name: cached[name] for name in (*transition_widths(1, 1), "ends")}
+        except Exception:  # none yet, or a damaged one
+            columns, cached = read_episodes(folder), None
         scores = metadata["ref_min_score"], metadata["ref_max_score"]
         assert None not in scores, "it names no reference scores"
-        assert metadata.get("data_checksum", checksum) == checksum, "its data have another checksum"
     except Exception as error:  # h5py, Minari and zip files raise many kinds
-        fail(f"dataset {folder} can't be read ({type(error).__name__}: {error}): restore or record it again")
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        fail(f"dataset {folder} can't be read ({reason}): restore or record it again")
     try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        if not cache.exists():
+        if cached is None:
+            cache.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(cache, lambda path: np.savez(path.open("wb"), **columns))
     except OSError as error:
         print(f"note: no cache written ({error}); the next start loads as slowly as this one")
@@ -1361,6 +1366,15 @@ def train_online(run: Run, agent: Agent, score_net: ScoreNet | None) -> None:
 # === Main ==================================================================================================
 
 
+# allowed values of the settings
+AT_LEAST_ONE = ("hidden_sizes", "score_hidden_sizes", "batch_size", "num_critics", "utd_ratio", "eval_every",
+                "handover_eval_every", "eval_episodes", "policy_delay", "score_levels")  # fmt: skip
+AT_LEAST_ZERO = ("score_steps", "offline_steps", "online_steps", "warmup_steps", "snapshot_every", "kappa",
+                 "checkpoint_every", "muon_lr", "actor_lr", "critic_lr", "score_lr", "bc_alpha",
+                 "policy_noise", "noise_clip", "exploration_noise")  # fmt: skip
+SHARES = ("gamma", "tau", "best_episodes", "data_fraction")  # from 0 to 1
+
+
 def parse_args() -> Args:
     """Settings: flag given > the resumed run's or the checkpoint's own > TASK_DEFAULTS > Args."""
     words = [part for word in sys.argv for part in (word.split("=", 1) if word[:2] == "--" else [word])]
@@ -1380,15 +1394,15 @@ def parse_args() -> Args:
     changed = {key for key, value in vars(args).items() if value != vars(default)[key]}
     if args.resume and changed - {"resume", "device", "compile", "checkpoint_every"}:
         fail(f"--resume takes the run's own settings: leave out {', '.join(sorted(changed - {'resume'}))}")
-    counts = "batch_size num_critics utd_ratio eval_every handover_eval_every eval_episodes policy_delay"
-    for name in counts.split():
-        if getattr(args, name, 1) < 1:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)} is out of range: it has to be at least 1")
-    for name in ("best_episodes", "data_fraction"):
-        if not 0 <= getattr(args, name) <= 1:
-            fail(
-                f"--{name.replace('_', '-')} {getattr(args, name)} is out of range: it has to be from 0 to 1"
-            )
+    limits = dict.fromkeys(AT_LEAST_ONE, (1, math.inf)) | dict.fromkeys(AT_LEAST_ZERO, (0, math.inf))
+    limits |= dict.fromkeys(SHARES, (0, 1)) | {"score_sigma": (1e-3, 0.9), "offline_fraction": (-1, 1)}
+    for name, (low, high) in limits.items():
+        values = getattr(args, name, low)
+        for value in values if isinstance(values, tuple) else [values]:
+            if not low <= value <= high or (name == "offline_fraction" and -1 < value < 0):
+                bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+                bounds = "-1 or from 0 to 1" if low == -1 else bounds
+                fail(f"--{name.replace('_', '-')} {value} is out of range: it has to be {bounds}")
     if not 0 <= args.target_critics <= args.num_critics:
         fail(f"--target-critics {args.target_critics} is out of range: there are {args.num_critics} critics")
     return args
@@ -1410,6 +1424,8 @@ def open_run(args: Args, algorithm: str, online_algorithm: str) -> Run:
     dataset_id = args.dataset_id or task_dataset
     data = load_dataset(dataset_id, args.download)
     data = select_episodes(data, args.best_episodes, args.data_fraction, args.seed)
+    if args.batch_size > data.ends[-1]:
+        fail(f"--batch-size {args.batch_size} is larger than the data: {data.ends[-1]} transitions")
     if env_spec is None:  # a Minari dataset knows its own environment
         import minari
 

@@ -542,13 +542,33 @@ def test_diagnostics_are_what_the_readme_says(smac, whole):
     assert float(row["discounted_return"]) == pytest.approx(np.mean(discounted), rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    "flag", ["--best-episodes 1.5", "--data-fraction -0.1", "--target-critics 3", "--num-critics 0"]
-)
-def test_a_share_or_temperature_out_of_range_is_one_sentence(inside, tmp_path, flag):
+OUT_OF_RANGE = {
+    "--eval-every 0": "at least 1", "--batch-size 0": "at least 1", "--eval-episodes -1": "at least 1",
+    "--hidden-sizes 16 0": "at least 1", "--offline-steps -5": "at least 0", "--kappa -1": "at least 0",
+    "--actor-lr nan": "at least 0", "--gamma 1.5": "from 0 to 1", "--tau -0.1": "from 0 to 1",
+    "--best-episodes 1.5": "from 0 to 1", "--data-fraction -0.1": "from 0 to 1", "--score-sigma 1": "0.9",
+    "--offline-fraction 1.2": "-1 or from 0 to 1", "--offline-fraction -0.5": "-1 or from 0 to 1",
+    "--target-critics 3": "2 critics", "--batch-size 15201": "15200", "--num-critics 0": "at least 1",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", OUT_OF_RANGE)
+def test_a_setting_out_of_range_is_one_sentence_with_the_range(inside, tmp_path, flag):
     code = inside(TINY + flag, tmp_path).code
-    assert is_sentence(code) and flag in code.replace(".0 is", " is")
+    name, *_, value = flag.split()
+    assert is_sentence(code) and re.search(rf"{name} {value}(\.0)? is ", code) and OUT_OF_RANGE[flag] in code
     assert not (tmp_path / "runs").exists()
+
+
+def test_an_unknown_flag_is_named(inside, tmp_path, capfd):
+    assert inside(TINY + "--no-such-flag 3", tmp_path).code == 2
+
+
+@pytest.mark.parametrize("env_id", ["../../outside", "/etc", "a/../../b"])
+def test_ids_cannot_leave_the_run_folder(smac, inside, tmp_path, env_id):
+    assert "/" not in smac.run_name(smac.Args(env_id=env_id)).removeprefix("runs/")
+    assert is_sentence(inside(f"--env-id {env_id}", tmp_path / "inner").code)
+    assert [path.name for path in tmp_path.iterdir()] == ["inner"]
 
 
 def test_a_tied_alpha_psi_is_shown_as_the_temperature(inside, tmp_path):
@@ -632,12 +652,6 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(smac, inside, monkeypatch
     assert smac.load_checkpoint(run.directory / "last.pt")["step"] > 0
     assert not list(run.directory.glob(".*")), "no half-written file stays behind"
     assert inside(f"--resume {run.directory}", tmp_path).code == 0
-
-
-@pytest.mark.parametrize("flag", ["--eval-every 0", "--batch-size 0", "--eval-episodes -1"])
-def test_a_count_below_one_is_one_sentence(inside, tmp_path, flag):
-    run = inside(TINY + flag, tmp_path)
-    assert is_sentence(run.code) and flag.split()[0] in run.code and not (tmp_path / "runs").exists()
 
 
 def test_a_run_folder_of_any_name_can_be_resumed(inside, tmp_path):
