@@ -163,7 +163,7 @@ class Args:
     """environment steps before the first online update, acted by the loaded policy"""
 
     # TD3
-    policy_delay: int = 2
+    policy_delay: int = 2  # this and the noises: Fujimoto et al. 2018
     """critic updates for one update of the actor and of all targets"""
     policy_noise: float = 0.2
     """standard deviation of the noise on the target policy's actions"""
@@ -1545,9 +1545,8 @@ def main() -> None:
     args = parse_args()
     if args.video_only:
         return film_checkpoint(args)
-    run = open_run(
-        args, "SMAC" if args.offline_steps else "from scratch", "TD3+BC" if args.bc_alpha else "TD3"
-    )
+    online_algorithm = "TD3+BC" if args.bc_alpha else "TD3"
+    run = open_run(args, "SMAC" if args.offline_steps else "from scratch", online_algorithm)
     try:
         if run.origin:
             agent, score_net = restore(run.origin, run.device)
