@@ -891,12 +891,12 @@ def film(actor: Actor, env_spec, path: Path, device="cpu", **kwargs) -> str:
             observation, _, terminated, truncated, _ = env.step(action)
             done = terminated or truncated
             frames.append(env.render())
+        fps = env.metadata.get("render_fps", 30)
+        every = max(1, round(fps / 25))  # viewers of GIFs show about 25 frames a second
+        first, *rest = (Image.fromarray(frame) for frame in frames[::every])
     except Exception as error:  # a renderer may fail in any way
         return (f"the environment can't be rendered here ({error}): without a display try MUJOCO_GL=egl or "
                 "MUJOCO_GL=osmesa, for Pendulum install pygame")  # fmt: skip
-    fps = env.metadata.get("render_fps", 30)
-    every = max(1, round(fps / 25))  # viewers of GIFs show about 25 frames a second
-    first, *rest = (Image.fromarray(frame) for frame in frames[::every])
     options = dict(format="gif", save_all=True, append_images=rest, duration=1000 * every / fps, loop=0)
     write_atomically(path, lambda temporary: first.save(temporary, **options))
     return ""
@@ -1052,7 +1052,9 @@ class Run:
         row |= {"seconds": round(began - self.began, 1)} | found
         row |= {f"return_{i}": r for i, r in enumerate(returns)}
         self.rows = [*self.rows, row]
-        lines = [",".join(map(str, line)) + "\n" for line in (row, *(r.values() for r in self.rows))]
+        names = dict.fromkeys(name for r in self.rows for name in r)  # a checkpoint may have other columns
+        values = ([r.get(name, "") for name in names] for r in self.rows)
+        lines = [",".join(map(str, line)) + "\n" for line in (names, *values)]
         write_atomically(self.directory / "metrics.csv", lambda path: path.write_text("".join(lines)))
         new = {k: x for k, x in found.items() if not (math.isnan(x) or k in self.metrics)}
         self.log(step, {"return": mean, "normalised_score": score} | new)
@@ -1172,8 +1174,9 @@ def report(run: Run, agent: Agent) -> None:
 
     figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
     mean = run.data.score(run.data.returns().mean())
-    for phase, handover in (("offline", run.args.offline_steps), ("online", 0)):
+    for phase in ("offline", "online"):
         if rows := [row for row in run.rows if row["phase"] == phase]:
+            handover = rows[-1]["step"] if phase == "offline" else 0
             steps = [row["step"] - handover for row in rows]
             scores = run.data.score(np.array([episode_returns(row) for row in rows]))  # (rows, episodes)
             axes.plot(steps, scores.mean(axis=1), ".-", label=f"{phase}, mean of the episodes")
@@ -1387,8 +1390,8 @@ def parse_args() -> Args:
             fail(f"{given['--resume']} is not a run directory that can be resumed ({error})")
     elif "--checkpoint" in given:
         state = load_checkpoint(Path(given["--checkpoint"]))
-        settings = TASK_DEFAULTS.get(state["env_id"], {})
-        settings |= {key: state[key] for key in vars(Args()).keys() & state.keys() - OWN}
+        own = {key: state[key] for key in vars(Args()).keys() & state.keys() - OWN}
+        settings = TASK_DEFAULTS.get(state["env_id"], {}) | own
     default = Args(**{key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()})
     args = tyro.cli(Args, description=__doc__, default=default)
     changed = {key for key, value in vars(args).items() if value != vars(default)[key]}
@@ -1477,7 +1480,7 @@ def open_run(args: Args, algorithm: str, online_algorithm: str) -> Run:
     print(f"{dataset_id}: {data.ends[-1]:,} transitions, {len(data.ends):,} episodes, mean return {mean:.1f}"
           f" (score {data.score(mean):.1f})\nrun directory: {directory}")  # fmt: skip
     run = Run(args, directory, data, env.spec, spec, device, state)
-    run.origin = origin
+    run.origin = origin and origin | {name: spec[name] for name in ("target_critics", "target_entropy")}
     if origin and not state and origin["phase"] == "offline":  # its evaluations come first in metrics.csv
         run.rows, run.began = origin["rows"], run.began - origin["seconds"]
     return run
