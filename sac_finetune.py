@@ -486,7 +486,7 @@ def q_and_action_gradient(critic: Critic, observations: Tensor, actions: Tensor)
     The same numbers as autograd through its own backward pass, in three quarters of the time.
     """
     net, slopes = critic.net, []
-    if net.gains:  # LayerNorm: by autograd
+    if net.gains or type(critic) is not Critic:  # LayerNorm, or more than a network: by autograd
         q, pullback = torch.func.vjp(partial(critic, observations), actions.expand(net.n, -1, -1))
         return q, pullback(torch.ones_like(q))[0]
     x = ((torch.cat([observations, actions], dim=-1) - net.mean) / net.std).expand(net.n, -1, -1)
@@ -769,7 +769,7 @@ FIXED = ("env_id", "env", "obs_dim", "act_dim", "flattening", "action_bounds", "
 # settings that a run does not take from a checkpoint
 OWN = {"device", "compile", "download", "resume", "checkpoint", "checkpoint_every", "snapshot_every", "video",
        "video_only"}  # fmt: skip
-PHASES = ("score", "offline", "online")
+PHASES = ("score", "offline", "alignment", "online")
 LOG_EVERY = 500  # updates between TensorBoard scalars
 PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "minari")  # their versions go into checkpoints
 
@@ -962,7 +962,7 @@ class Run:
 
     def evaluate(self, step: int) -> None:
         """Evaluates the policy: a row in metrics.csv, a line on the screen, two scalars in TensorBoard."""
-        if self.phase == "score":
+        if self.phase in ("score", "alignment"):  # the policy stays what it is
             return
         if self.device.type == "cuda":
             torch.cuda.synchronize()  # updates under way are not the evaluation's time
@@ -1286,7 +1286,7 @@ def parse_args() -> Args:
             fail(f"{given['--resume']} is not a run directory that can be resumed ({error})")
     elif "--checkpoint" in given:
         state = load_checkpoint(Path(given["--checkpoint"]))
-        settings = TASK_DEFAULTS.get(state["env_id"], {})
+        settings = dict(TASK_DEFAULTS.get(state["env_id"], {}))
         settings |= {key: state[key] for key in vars(Args()).keys() & state.keys() - OWN}
     default = Args(**{key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()})
     args = tyro.cli(Args, description=__doc__, default=default)
@@ -1347,6 +1347,10 @@ def open_run(args: Args, algorithm: str, online_algorithm: str) -> Run:
         algorithm = origin["algorithm"]
         if "agent" not in origin:
             fail(f"{args.checkpoint} holds a policy without critics: take an offline.pt or a final.pt")
+        if not state and "pi_0" in origin["extras"]:
+            fail(
+                f"{args.checkpoint} holds ACA's aligned critics, which no run starts from: take an offline.pt"
+            )
     spec = vars(args) | dict(algorithm=algorithm, online_algorithm=online_algorithm, env=env.spec.id,
                              env_kwargs=dict(env.spec.kwargs), dataset_id=dataset_id, flattening="none",
                              dataset_checksum=data.checksum, obs_dim=shapes[0][0], act_dim=shapes[1][0],
