@@ -498,7 +498,7 @@ def q_and_action_gradient(critic: Critic, observations: Tensor, actions: Tensor)
     The same numbers as autograd through its own backward pass, in three quarters of the time.
     """
     net, slopes = critic.net, []
-    if net.gains:  # LayerNorm: by autograd
+    if net.gains or type(critic) is not Critic:  # LayerNorm, or more than a network: by autograd
         q, pullback = torch.func.vjp(partial(critic, observations), actions.expand(net.n, -1, -1))
         return q, pullback(torch.ones_like(q))[0]
     x = ((torch.cat([observations, actions], dim=-1) - net.mean) / net.std).expand(net.n, -1, -1)
@@ -822,7 +822,7 @@ FIXED = ("env_id", "env", "obs_dim", "act_dim", "flattening", "action_bounds", "
 # settings that a run does not take from a checkpoint
 OWN = {"device", "compile", "download", "resume", "checkpoint", "checkpoint_every", "snapshot_every", "video",
        "video_only", "online_steps"}  # fmt: skip
-PHASES = ("score", "offline", "online")
+PHASES = ("score", "offline", "alignment", "online")
 LOG_EVERY = 500  # updates between TensorBoard scalars
 PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "minari")  # their versions go into checkpoints
 
@@ -1086,7 +1086,7 @@ class Run:
 
     def evaluate(self, step: int) -> None:
         """Evaluates the policy: a row in metrics.csv, a line on the screen, two scalars in TensorBoard."""
-        if self.phase == "score":
+        if self.phase in ("score", "alignment"):  # the policy stays what it is
             return
         if self.device.type == "cuda":
             torch.cuda.synchronize()  # updates under way are not the evaluation's time
@@ -1423,10 +1423,12 @@ def train_online(run: Run, agent: Agent, score_net: ScoreNet | None) -> None:
 
 # allowed values of the settings
 AT_LEAST_ONE = ("hidden_sizes", "score_hidden_sizes", "batch_size", "num_critics", "utd_ratio", "eval_every",
-                "handover_eval_every", "eval_episodes", "policy_delay", "score_levels")  # fmt: skip
+                "handover_eval_every", "eval_episodes", "policy_delay", "score_levels",
+                "alignment_decay")  # fmt: skip
 AT_LEAST_ZERO = ("score_steps", "offline_steps", "online_steps", "warmup_steps", "snapshot_every", "kappa",
                  "checkpoint_every", "muon_lr", "actor_lr", "critic_lr", "score_lr", "bc_alpha",
-                 "policy_noise", "noise_clip", "exploration_noise")  # fmt: skip
+                 "policy_noise", "noise_clip", "exploration_noise", "alignment_steps",
+                 "top_episodes")  # fmt: skip
 SHARES = ("gamma", "tau", "best_episodes", "data_fraction")  # from 0 to 1
 
 
@@ -1509,6 +1511,10 @@ def open_run(args: Args, algorithm: str, online_algorithm: str) -> Run:
         algorithm = origin["algorithm"]
         if "agent" not in origin:
             fail(f"{args.checkpoint} holds a policy without critics: take an offline.pt or a final.pt")
+        if not state and "pi_0" in origin["extras"]:
+            fail(
+                f"{args.checkpoint} holds ACA's aligned critics, no run starts from them: take an offline.pt"
+            )
     spec = vars(args) | dict(algorithm=algorithm, online_algorithm=online_algorithm, env=env.spec.id,
                              env_kwargs=dict(env.spec.kwargs), dataset_id=dataset_id, flattening="none",
                              dataset_checksum=data.checksum, obs_dim=shapes[0][0], act_dim=shapes[1][0],

@@ -22,6 +22,7 @@ EXEMPT = {
     "Args": "a script's settings are its own",
     "main": "what a program does from start to end is its own",
     "train_online": "the online algorithms differ in their updates and in how they explore",
+    "TASK_DEFAULTS": "a task's settings are the algorithm's",
 }
 
 
