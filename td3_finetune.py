@@ -1007,6 +1007,8 @@ class Run:
             )
         self.lock.truncate(0)
         print(f"process {os.getpid()} on {socket.gethostname()}", file=self.lock, flush=True)
+        for path in directory.glob(".*.*"):  # half-written by a process that was killed
+            path.unlink()
         self.envs = [make_env(env_spec) for _ in range(args.eval_episodes)]
         self.saved_at, self.began = time.monotonic(), time.monotonic() - state.get("seconds", 0.0)
         self.metrics, self.rates, self.updates, self.evaluating, self.stopping = {}, {}, 0, 0.0, 0

@@ -2,8 +2,8 @@
 
     python -m pytest -m slow tests/test_resume.py      20 kills; KILL_LOG=FILE.csv keeps a log of them
 
-A kill is SIGKILL, sent by a timer to the process itself: in a phase, at a random moment, or in the middle of
-writing a file. Processes are forked from a server that has imported torch and the like already.
+A kill is SIGKILL, sent by a timer to the process itself: at a random moment behind a phase's first checkpoint,
+or in the middle of writing one. Processes are forked from a server that has imported torch and the like.
 """
 
 import csv
@@ -23,7 +23,7 @@ from test_pipeline import Result, assert_same_run
 RUN = "--env-id pendulum-medium-replay --hidden-sizes 16 16 --score-hidden-sizes 16 16 --batch-size 32 "
 RUN += "--eval-episodes 2 --score-steps 400 --offline-steps 300 --online-steps 420 --eval-every 200 "
 RUN += "--handover-eval-every 100 --checkpoint-every 0.002"
-SECONDS = 0.8  # about what a phase takes; later moments fall into the next one
+SECONDS = 0.5  # about what a phase takes behind its first checkpoint; later moments fall into the next one
 
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(
@@ -40,12 +40,13 @@ def child(script: Path, words: str, cwd: Path, log: Path, kill: tuple) -> None:
     module = load("killed", script)
     die = lambda: os.kill(os.getpid(), signal.SIGKILL)
     what, phase, when = kill
-    steps, write = module.Run.steps, module.write_atomically
+    save, write, started = module.Run.save, module.write_atomically, []
 
     def timed(run, name, *rest):
-        if what == "time" and name == phase:
-            threading.Timer(when, die).start()
-        return steps(run, name, *rest)
+        save(run, name, *rest)
+        if what == "time" and run.phase == phase and not started:  # from the phase's first checkpoint on
+            started.append(threading.Timer(when, die))
+            started[0].start()
 
     def broken(path, writer):
         nonlocal when
@@ -59,7 +60,7 @@ def child(script: Path, words: str, cwd: Path, log: Path, kill: tuple) -> None:
         when -= what == "write" and path.name == "last.pt"
         write(path, half if what == "write" and path.name == "last.pt" else writer)
 
-    module.Run.steps, module.write_atomically = timed, broken
+    module.Run.save, module.write_atomically = timed, broken
     sys.argv = [str(script), *words.split()]
     try:
         module.main()
@@ -109,7 +110,9 @@ def killed_and_resumed(script: str, kill: tuple, cwd: Path, whole: Result) -> di
         assert directory is None or "holds no checkpoint" in (cwd / "log").read_text()
         return row | dict(identical="begun again")
     assert_same_run(result(cwd), whole)
-    assert not [path for path in directory.iterdir() if path.name.startswith(".") and kill[0] == ""]
+    assert not [path for path in directory.iterdir() if path.name.startswith(".")], (
+        "a half-written file stays"
+    )
     text = (cwd / "log").read_text()
     assert "Traceback" not in text
     return row | dict(identical="yes")
@@ -118,7 +121,7 @@ def killed_and_resumed(script: str, kill: tuple, cwd: Path, whole: Result) -> di
 def kills(count_each: int, writes: int, seed: int) -> list[tuple]:
     """Random moments in each phase, and the n-th writing of last.pt."""
     random = np.random.default_rng(seed)
-    timed = [("time", phase, random.uniform(0.15, SECONDS)) for phase in ("score", "offline", "online")
+    timed = [("time", phase, random.uniform(0, SECONDS)) for phase in ("score", "offline", "online")
              for _ in range(count_each)]  # fmt: skip
     return timed + [("write", "", int(random.integers(2, 15))) for _ in range(writes)]
 
