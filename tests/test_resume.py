@@ -2,8 +2,8 @@
 
     python -m pytest -m slow tests/test_resume.py      20 kills; KILL_LOG=FILE.csv keeps a log of them
 
-A kill is SIGKILL, sent by a timer to the process itself: at a random moment behind a phase's first checkpoint,
-or in the middle of writing one. Processes are forked from a server that has imported torch and the like.
+A kill is SIGKILL, sent by a timer to the process itself: at a random moment behind a phase's first checkpoint
+or while one is written. Processes are forked from a server that has imported torch and the like.
 """
 
 import csv
