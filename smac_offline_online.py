@@ -920,7 +920,8 @@ def diagnose(run: "Run", modules: dict[str, nn.Module], rewards: list[np.ndarray
     policy's actions; grad_q_*: mean |grad_a Q|; q_*: mean Q; q_start: mean Q(s_0, tanh mean) where the
     evaluation began, and discounted_return: mean sum_t gamma^t r_t it then got; entropy: -E[log pi(a|s)].
     """
-    agent, score_net, columns, device = modules["agent"], modules["score_net"], run.data.columns, run.device
+    agent, score_net = modules["agent"], modules.get("score_net")
+    columns, device = run.data.columns, run.device
     rows = np.flatnonzero(held_out(run.data)) if held_out(run.data).any() else np.arange(len(run.outcomes))
     rows = rows[np.linspace(0, len(rows) - 1, 2_000).astype(int)]
     tensor = lambda array: torch.as_tensor(array, dtype=torch.float32, device=device)
@@ -1373,7 +1374,7 @@ def train_online(run: Run, agent: Agent, score_net: ScoreNet | None) -> None:
 
 # allowed values of the settings
 AT_LEAST_ONE = ("hidden_sizes", "score_hidden_sizes", "batch_size", "num_critics", "utd_ratio", "eval_every",
-                "handover_eval_every", "eval_episodes", "policy_delay", "score_levels",
+                "handover_eval_every", "eval_episodes", "policy_delay", "score_levels", "cql_actions",
                 "alignment_decay")  # fmt: skip
 AT_LEAST_ZERO = ("score_steps", "offline_steps", "online_steps", "warmup_steps", "snapshot_every", "kappa",
                  "checkpoint_every", "muon_lr", "actor_lr", "critic_lr", "score_lr", "bc_alpha",
