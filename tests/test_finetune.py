@@ -695,3 +695,25 @@ def test_the_diff_of_the_two_scripts_is_short():
     pair = [ROOT / "sac_finetune.py", ROOT / "td3_finetune.py"]
     lines = subprocess.run(["diff", *pair], capture_output=True, text=True).stdout.splitlines()
     assert 0 < sum(line[:1] in "<>" for line in lines) <= 240
+
+
+SHIPPED = sorted((ROOT / "results" / "checkpoints").glob("*.pt"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_checkpoint_scores_what_it_says(scripts, path):
+    """The first two episodes of its own last evaluation; Hopper is chaotic, and CPUs round differently."""
+    script = scripts["sac"]
+    state = script.load_checkpoint(path)
+    agent, _ = script.restore(state)
+    envs = [script.make_env(state["env"], **state["env_kwargs"]) for _ in range(2)]
+    rewards = script.evaluate(agent.actor, envs, "cpu")
+    expected = [state["rows"][-1][f"return_{i}"] for i in range(2)]
+    assert [float(episode.sum()) for episode in rewards] == pytest.approx(expected, rel=0.2)
+
+
+def test_checkpoints_are_shipped_for_both_tasks_and_both_ends():
+    tasks = ("hopper-medium-replay", "pendulum-medium-replay")
+    assert {path.stem for path in SHIPPED} == {
+        f"{t}_smac_{end}" for t in tasks for end in ("offline", "final")
+    }
