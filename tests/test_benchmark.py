@@ -94,7 +94,7 @@ def test_speed_measures_every_phase_and_mode(measured):
     assert {row["phase"] for row in rows} == {"score", "offline", "online"}
     assert len(rows) == 3 * 4  # one thread, two threads, Adam, two at once
     for row in rows:
-        assert float(row["updates_per_second"]) > 10
+        assert float(row["updates_per_second"]) > 1
         assert 0 < float(row["share"]) < 1
         assert 0.2 < float(row["first_update"]) < 60 and 100 < float(row["memory_mb"]) < 5_000
         assert row["torch"] == torch.__version__ and row["cpu"]

@@ -268,7 +268,7 @@ def test_damaged_metadata_is_noticed_with_a_warm_cache(smac, monkeypatch, tmp_pa
 
 
 def test_data_of_other_shapes_than_the_environment_is_one_sentence(smac, monkeypatch, tmp_path):
-    write_dataset(monkeypatch, tmp_path / "d", [episode(obs_dim=4)])
+    write_dataset(monkeypatch, tmp_path / "d", [episode(200, obs_dim=4)])
     words = ["--env-id", "pendulum-medium-replay", "--dataset-id", TINY]
     result = subprocess.run(
         [sys.executable, smac.__file__, *words], cwd=tmp_path, capture_output=True, text=True

@@ -23,7 +23,8 @@ def trained(smac, tmp_path_factory):
     dataset_id, env_id, _ = smac.TASKS["pendulum-medium-replay"]
     args, data, env = smac.Args(**settings), smac.load_dataset(dataset_id), smac.make_env(env_id)
     directory = tmp_path_factory.mktemp("run")
-    run = smac.Run(args, directory, data, env.spec, dict(obs_dim=3, act_dim=1), torch.device("cpu"), {})
+    spec = vars(args) | dict(obs_dim=3, act_dim=1)
+    run = smac.Run(args, directory, data, env.spec, spec, torch.device("cpu"), {})
     score_net = smac.fit_score_estimator(run) if args.kappa > 0 else None
     return run, score_net, smac.train_offline(run, score_net)
 
