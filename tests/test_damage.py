@@ -183,6 +183,14 @@ def test_a_damaged_dataset_is_one_sentence_or_the_original(smac, dataset, damage
         assert not path.with_name("exploded").exists(), "a foreign pickle was executed"
 
 
+def test_one_changed_number_is_noticed_by_the_recordings_checksum(smac, dataset):
+    path = dataset(smac)
+    with h5py.File(path, "r+") as file:
+        file["episode_1/rewards"][3] += 0.5
+    found = outcome(lambda: smac.load_dataset("tests/three-v0"))
+    assert isinstance(found, str) and "checksum" in found
+
+
 def test_a_truncated_recording_without_a_checksum_is_one_sentence(smac, dataset):
     for seed in TIMES:
         path = dataset()
