@@ -430,11 +430,13 @@ def test_a_failing_environment_is_one_sentence(smac, inside, monkeypatch, tmp_pa
     assert is_sentence(run.code) and "environment" in run.code and "offline.pt" in run.code
 
 
-def test_resumed_tensorboard_curves_have_every_step_once(stopped):
+def test_resumed_tensorboard_curves_have_every_step_once(copied, inside, tmp_path):
+    """The copy's curves go on behind its last.pt, as those of a killed run do."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    assert inside(f"--resume {copied}", tmp_path).code == 0
     for phase in ("score", "offline", "online"):
-        events = EventAccumulator(str(stopped[0][-1].directory / "tensorboard" / phase)).Reload()
+        events = EventAccumulator(str(copied / "tensorboard" / phase)).Reload()
         for tag in events.Tags()["scalars"]:
             steps = [event.step for event in events.Scalars(tag)]
             assert steps == sorted(set(steps)), tag
