@@ -233,8 +233,6 @@ DAMAGES = {
     "hdf5 cut off": (lambda f: os.truncate(f / "data/main_data.hdf5", 1500), ""),
     "no hdf5": (lambda f: (f / "data/main_data.hdf5").unlink(), ""),
     "metadata no JSON": (lambda f: (f / "data/metadata.json").write_text("{,"), "JSON"),
-    "no reference score": (lambda f: edit_metadata(f, ref_min_score=None), "reference"),
-    "no reference keys": (lambda f: edit_metadata(f, remove=("ref_min_score", "ref_max_score")), "ref_m"),
     "no episode": (lambda f: remove_episodes(f), "no episode"),
 }
 
