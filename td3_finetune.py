@@ -3,7 +3,7 @@
 # dependencies = [
 #     "torch==2.13.0", "numpy==2.4.6", "gymnasium[mujoco]==1.4.0", "mujoco==3.11.0", "minari[hdf5,hf]==0.5.4",
 #     "h5py==3.16.0", "pillow==13.0.0", "tyro==1.0.17", "tqdm==4.70.1", "tensorboard==2.21.0",
-#     "matplotlib==3.11.2",
+#     "matplotlib==3.11.2", "gymnasium-robotics==1.4.2",
 # ]
 # ///
 """TD3 takes over online: from any checkpoint of the shelf, after SMAC's own pre-training, or from scratch.
@@ -376,6 +376,8 @@ def load_dataset(dataset_id: str, download: bool = False) -> Dataset:
             columns = {name: cached[name] for name in (*transition_widths(1, 1), "ends")}
         except Exception:  # none yet, or a damaged one
             columns, cached = read_episodes(folder), None
+        scores = metadata.get("ref_min_score"), metadata.get("ref_max_score")
+        assert all(x is None or math.isfinite(x) for x in scores), "its reference scores are no numbers"
     except Exception as error:  # h5py, Minari and zip files raise many kinds
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         fail(f"dataset {folder} can't be read ({reason}): restore or record it again")
@@ -386,7 +388,7 @@ def load_dataset(dataset_id: str, download: bool = False) -> Dataset:
     except OSError as error:
         print(f"note: no cache written ({error}); the next start loads as slowly as this one")
     data = Dataset(columns, columns.pop("ends"), metadata, checksum)
-    if None in (metadata.get("ref_min_score"), metadata.get("ref_max_score")):
+    if None in scores:
         low, high = float(data.returns().min()), float(data.returns().max())
         metadata |= dict(ref_min_score=low, ref_max_score=high if high > low else low + 1)
         print(

@@ -1,6 +1,7 @@
 """Data: what is bundled, what becomes of it in memory, the cache, damaged and missing data, recording."""
 
 import json
+import math
 import os
 import shutil
 import socket
@@ -261,7 +262,7 @@ def test_damaged_data_is_one_sentence(smac, monkeypatch, tmp_path, damage):
 def test_damaged_metadata_is_noticed_with_a_warm_cache(smac, monkeypatch, tmp_path):
     folder = write_dataset(monkeypatch, tmp_path / "d")
     smac.load_dataset(TINY)
-    edit_metadata(folder, ref_max_score=None)
+    edit_metadata(folder, ref_max_score=math.nan)
     assert str(folder) in sentence(smac.load_dataset, TINY)
 
 
