@@ -1,9 +1,15 @@
-"""Record a replay dataset in Minari's format: every transition a SAC agent sees until it is "medium" good.
+"""Record a replay dataset in Minari's format, or bring D4RL's files and one's own episodes into it.
 
-SAC (Haarnoja et al. 2018) learns a Gymnasium environment from scratch. Every transition it collects is kept,
-from the first random action to the first evaluation (20 fixed-seed episodes, deterministic policy) whose
-normalised score, 100 (R - R_random) / (R_expert - R_random), lies in [33, 60]. That is what "medium-replay"
-means on this shelf.
+    python make_dataset.py record --env-id Hopper-v5 --dataset-id me/hopper/medium-replay-v0
+    python make_dataset.py d4rl hopper-medium-replay    # downloads the file, or takes it with --file
+    python make_dataset.py numpy episodes.npz --env-id my_package:MyEnv-v0 --dataset-id me/myenv/first-v0 \
+        --ref-min-score 0 --ref-max-score 100
+    python make_dataset.py awac door2_sparse.npy door_bc_sparse4.npy
+
+`record`: SAC (Haarnoja et al. 2018) learns a Gymnasium environment from scratch. Every transition it collects
+is kept, from the first random action to the first evaluation (20 fixed-seed episodes, deterministic policy)
+whose normalised score, 100 (R - R_random) / (R_expert - R_random), lies in [33, 60]. That is what
+"medium-replay" means on this shelf. The others are described in `python make_dataset.py COMMAND --help`.
 
 The two recordings that ship in `datasets/` were made by exactly these commands (CPU, one thread):
 
@@ -17,23 +23,35 @@ Actions of environments whose bounds are not [-1, 1] are rescaled at the boundar
 the recording and everything trained on it live in [-1, 1]. Observations are stored as float32.
 """
 
+import copy
+import difflib
+import errno
 import hashlib
+import http.client
+import importlib
 import math
 import os
+import pickle
+import re
 import shutil
 import subprocess
 import tempfile
+import urllib.request
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from gymnasium.envs.registration import EnvSpec
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -88,6 +106,67 @@ class RecordArgs:
     """environment steps with uniformly random actions before the first update"""
 
 
+@dataclass
+class D4rlArgs:
+    """Bring an original D4RL file into Minari's format, as d4rl-original/ENVIRONMENT/DATA."""
+
+    name: tyro.conf.Positional[str]
+    """D4RL's name, with or without its version: hopper-medium-replay-v2, kitchen-mixed, pen-human"""
+    file: Path | None = None
+    """the file if it is on this machine; default: it is downloaded from where D4RL published it"""
+    verify: bool = True
+    """compare the file with the published SHA-256; --no-verify imports another file of the same layout"""
+    settle: bool = False
+    """settle contradictions instead of refusing them: a row that is terminal and timeout at once is a
+    termination, and an episode is cut (a truncation) where next_observations isn't the next observation"""
+    out: Path | None = None
+    """folder that receives the dataset; default: Minari's, where the scripts look"""
+
+
+@dataclass
+class NumpyArgs:
+    """Bring one's own episodes into Minari's format.
+
+    Every FILE is an .npz (numpy.savez) of N transitions of one or E episodes, one after the other:
+    observations (N, O), actions (N, A), rewards (N,), terminations (N,), truncations (N,): row t is what
+    was seen, done and got, and whether the environment ended the episode by itself or time (or anything
+    else) cut it; final_observations (E, O), or (O,): what was seen behind each episode's last action.
+    """
+
+    files: tyro.conf.Positional[tuple[Path, ...]]
+    """.npz files"""
+    env_id: str
+    """environment of the episodes: Gymnasium id, module:Id-v0 (which the module registers) or module:Class"""
+    dataset_id: str
+    """Minari id of the result, e.g. me/myenv/first-v0"""
+    ref_min_score: float
+    """return of a random policy (score 0)"""
+    ref_max_score: float
+    """return of an expert policy (score 100)"""
+    max_episode_steps: int | None = None
+    """time limit of the environment; default: the registered one"""
+    out: Path | None = None
+    """folder that receives the dataset; default: Minari's, where the scripts look"""
+
+
+@dataclass
+class AwacArgs:
+    """Bring the "binary" adroit data of AWAC (pen, door, relocate) into Minari's format, as Cal-QL reads it.
+
+    Trajectories without a success are dropped, the others cut behind their last one; the reward is
+    success - 1, and every success terminates: what follows one within a trajectory is an episode of its own.
+    """
+
+    files: tyro.conf.Positional[tuple[Path, ...]]
+    """demonstrations and rollouts of one task, e.g. door2_sparse.npy door_bc_sparse4.npy"""
+    dataset_id: str = ""
+    """Minari id of the result; default: awac/TASK/binary-v0"""
+    settle: bool = False
+    """cut an episode where next_observations isn't the next observation, instead of refusing the file"""
+    out: Path | None = None
+    """folder that receives the dataset; default: Minari's, where the scripts look"""
+
+
 # === Tasks and data ========================================================================================
 
 # Return of a random policy, return of an expert: what the normalised scores 0 and 100 stand for.
@@ -95,6 +174,141 @@ REFERENCE_SCORES = {
     "Hopper-v5": (-20.272305, 3234.3),  # D4RL (d4rl/infos.py)
     "Pendulum-v1": (-1230.0, -150.0),  # random: mean of 1,000 episodes; expert: SAC after 30,000 steps
 }
+
+ADROIT = "gymnasium_robotics.envs.adroit_hand.adroit_"
+ENTRY_POINTS = {  # as gymnasium-robotics registers them: to import data that package isn't needed
+    "AdroitHandDoor-v1": ADROIT + "door:AdroitHandDoorEnv",
+    "AdroitHandPen-v1": ADROIT + "pen:AdroitHandPenEnv",
+    "AdroitHandRelocate-v1": ADROIT + "relocate:AdroitHandRelocateEnv",
+    "FrankaKitchen-v1": "gymnasium_robotics.envs.franka_kitchen:KitchenEnv",
+}
+
+
+class Environment(NamedTuple):
+    """What data was recorded in: a Gymnasium environment, and what it takes to be the one of the data.
+
+    The training scripts know the wrappers by name. HealthyRewardAtFall: + 1.0 on a terminated step;
+    BinaryReward: reward success - 1, success terminates; LatchedKitchen: the reward counts the tasks ever
+    completed in the episode.
+    """
+
+    env_id: str
+    kwargs: dict
+    horizon: int
+    sizes: tuple[int, int]  # of an observation and an action
+    references: tuple[float, float]  # returns that stand for the scores 0 and 100
+    wrappers: tuple[str, ...] = ()
+    reward: tuple[float, float] = (1.0, 0.0)  # scale and bias for the losses
+    note: str = ""
+
+    def spec(self) -> EnvSpec:
+        """The Gymnasium environment below the wrappers; its package need not be installed."""
+        entry_point = ENTRY_POINTS.get(self.env_id) or gym.spec(self.env_id).entry_point
+        return EnvSpec(self.env_id, entry_point, max_episode_steps=self.horizon, kwargs=self.kwargs)
+
+
+def kitchen(*tasks: str) -> Environment:
+    """D4RL's kitchen: four tasks, noise 0.1. Reward of the losses: tasks - 4 (Cal-QL)."""
+    kwargs = dict(tasks_to_complete=list(tasks), object_noise_ratio=0.1, robot_noise_ratio=0.1)
+    kwargs |= dict(terminate_on_tasks_completed=True, remove_task_when_completed=False)
+    note = (
+        "observations are D4RL's 60: positions of robot (9) and objects (21), which are [0:9] and [18:39] of "
+        "FrankaKitchen-v1's, and the goal (30); a reward counts the tasks done in the row's own observation"
+    )
+    return Environment(
+        "FrankaKitchen-v1", kwargs, 280, (60, 9), (0.0, 4.0), ("LatchedKitchen",), (1.0, -4.0), note
+    )
+
+
+# Environments and reference scores of D4RL (d4rl/infos.py). Its Hopper and Walker2d (Gym's v2) give the
+# healthy reward on the falling step too, which v5 doesn't, and Walker2d's feet have walker2d.xml's friction.
+FALL = ("HealthyRewardAtFall",)
+SIGN = "gymnasium-robotics 1.4 adds 0.1 |palm - object| to the reward where D4RL's environment subtracts it"
+DROP = "D4RL's environment terminates when the pen is dropped, gymnasium-robotics' doesn't"
+D4RL_ENVIRONMENTS = {
+    "hopper": Environment("Hopper-v5", {}, 1000, (11, 3), (-20.272305, 3234.3), FALL),
+    "walker2d": Environment("Walker2d-v5", {"xml_file": "walker2d.xml"}, 1000, (17, 6),
+                            (1.629008, 4592.3), FALL),
+    "halfcheetah": Environment("HalfCheetah-v5", {}, 1000, (17, 6), (-280.178953, 12135.0)),
+    "door": Environment("AdroitHandDoor-v1", {"reward_type": "dense"}, 200, (39, 28),
+                        (-56.512833, 2880.5693087298737), note=SIGN),
+    "pen": Environment("AdroitHandPen-v1", {"reward_type": "dense"}, 100, (45, 24),
+                       (96.262799, 3076.8331017826877), note=DROP),
+    "kitchen-complete": kitchen("microwave", "kettle", "light switch", "slide cabinet"),
+    "kitchen-partial": kitchen("microwave", "kettle", "light switch", "slide cabinet"),
+    "kitchen-mixed": kitchen("microwave", "kettle", "bottom burner", "light switch"),
+}  # fmt: skip
+
+# AWAC's sparse tasks. A return is minus the steps before the success: score 0 is "never", 100 is "at once".
+BINARY = dict(wrappers=("BinaryReward",), reward=(10.0, 5.0))  # Cal-QL's 10 r + 5
+AWAC_ENVIRONMENTS = {
+    "door": Environment("AdroitHandDoor-v1", {}, 200, (39, 28), (-200.0, 0.0), **BINARY),
+    "pen": Environment("AdroitHandPen-v1", {}, 100, (45, 24), (-100.0, 0.0), **BINARY),
+    "relocate": Environment("AdroitHandRelocate-v1", {}, 200, (39, 30), (-200.0, 0.0), **BINARY),
+}
+
+D4RL_ADDRESS = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"  # d4rl/infos.py
+D4RL_MIRROR = "https://huggingface.co/datasets/imone/D4RL/resolve/main/"  # some files there are cut off
+# SHA-256 and bytes of D4RL's files (tensorflow_datasets/d4rl/*/checksums.tsv)
+D4RL_SUMS = """
+63103ef7059db4c0819bd054f4e83ff339030b50bcdb46bdbe50385f234b5054 152525345 hopper-random-v2
+5bdf1bc4a713c82941de44633df669b36c89850b652a25985166796d25cf71a0 152756557 hopper-medium-v2
+e121c5f7c9857a307baa9edc6a2c3b48e85fedb9ac316ecddd0f48ca7ef4e39b 75854457 hopper-medium-replay-v2
+9d51ad87f8c905be3880d84c6140bcdb7fbf39a19e046a237f238ba34fec9e26 304537315 hopper-medium-expert-v2
+56baf95963c51c1e964049a974566c50ba80f289390565523e60c0ba83e0982e 187998921 hopper-full-replay-v2
+01aa219a5f8eea5e639eccdc636ec2bf40e317159a95cf4bf6e985f16909941b 152427435 hopper-expert-v2
+4e863bb6090cf4a461548bd470564b32f1ae5b32ef3085f816b2ede7f092e7fa 216109364 walker2d-random-v2
+cf00f43add04c17fdfc2958dd581dea0851b2e5bedbe6fda073758a8f841aeda 232254996 walker2d-medium-v2
+e75de96a4f77acf7d4e0d6fdf0d7ccb177c26c44bb4388e4fd99f543ccfa18db 86323963 walker2d-medium-replay-v2
+6b8d7f868c45bbaedf460be797fb7271b46dee6ebe45fe7a64319f2005b59a04 462197079 walker2d-medium-expert-v2
+f2720f9d27b2acef6ec9a7d9ad3b80b6c2078ad4467cee668a81e3b3c80bcf2a 285115514 walker2d-full-replay-v2
+2985dc3d436a8baa10e8f43f946fe1d7c6337a4e4fbc65def70618093b18c59a 230567195 walker2d-expert-v2
+25407aef85b5d16c0f36b4149341edb4acc6a9e88c1db529b2de19e7464874ba 237338037 halfcheetah-random-v2
+41324e8487a9556d8cfa4538827f8937f4d63dae3030825ebc9f3a726ed08ca0 237727262 halfcheetah-medium-v2
+48d494a4770c11f48260736dec090b78bdca8375647ed4d24bfa5b6610c7f683 59448533 halfcheetah-medium-replay-v2
+015db75dae5bbe8e94029b71fa0bafc2073365df0c94744e71031189f3f79c06 474567252 halfcheetah-medium-expert-v2
+27fdf7ea86e5a2cbd24d611ae9e703c86ec2e8e52823abc69dd9af6afb3a36c0 291381762 halfcheetah-full-replay-v2
+d9fe53bb994eb1e20a99b4fa3412cd76a1bb7966a7ff55e0fcbdd6081bd2965f 237464597 halfcheetah-expert-v2
+f9691288c3ddf2b4e7b31bdae0d8444b80ba035515495f8a902d60c43ee09370 3121206 door-human-v1
+1f6a60ecc4d2a2e5c02f41dd3412be61bb265a33dcf120ceee9e9682d4fe4d48 294356136 door-cloned-v1
+66df4cd4e0a1e0b72ea72653ce088e29ecbfa99bac3cd2b52e64092e9a0aaab4 536056678 door-expert-v1
+209e345b2150b633f30a11612612c60f49e941f127ce6c4dc0cd790501c46f9f 2040573 pen-human-v1
+6d1a982cee1950501bedebbddedbcbb377e6284d379986c83abac8a6c0be0c22 155074191 pen-cloned-v1
+3791b8ca6a802061770af2977c051ac3ae261488210ce73788760a5b8308f374 262040663 pen-expert-v1
+"""
+D4RL_KITCHEN = {  # published without a sum
+    "kitchen-complete-v0": "mini_kitchen_microwave_kettle_light_slider-v0.hdf5",
+    "kitchen-partial-v0": "kitchen_microwave_kettle_light_slider-v0.hdf5",
+    "kitchen-mixed-v0": "kitchen_microwave_kettle_bottomburner_light-v0.hdf5",
+}
+
+
+def minari_root() -> Path:
+    """Where Minari keeps datasets: $MINARI_DATASETS_PATH or its home folder."""
+    return Path(os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets")
+
+
+def cache_folder() -> Path:
+    """Where the scripts keep what can be had again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "smac"
+
+
+class Published(NamedTuple):
+    """A file of D4RL: path below the address, bytes and SHA-256 where they are known."""
+
+    path: str
+    size: int | None = None
+    sha256: str | None = None
+
+
+def d4rl_files() -> dict[str, Published]:
+    """Every file that can be imported, by D4RL's name of the task."""
+    files = {name: Published(f"kitchen/{file}") for name, file in D4RL_KITCHEN.items()}
+    for sha256, size, name in map(str.split, D4RL_SUMS.strip().splitlines()):
+        mujoco = f"gym_mujoco_v2/{name[:-3].replace('-', '_')}-v2.hdf5"
+        path = mujoco if name.endswith("-v2") else f"hand_dapg_v1/{name}.hdf5"
+        files[name] = Published(path, int(size), sha256)
+    return files
 
 
 def fail(message: str):
@@ -392,21 +606,55 @@ def compress(path: Path) -> None:
     os.replace(packed, path)
 
 
+def free_folder(out: Path, dataset_id: str) -> Path:
+    """Where a new dataset of this id goes; one sentence and exit if the id is malformed or taken."""
+    from minari.dataset.minari_dataset import parse_dataset_id
+
+    try:
+        parse_dataset_id(dataset_id)
+    except ValueError as error:
+        fail(str(error))
+    if (out / dataset_id).exists():
+        fail(f"{out / dataset_id} exists already: remove it or choose another --dataset-id or --out")
+    return out / dataset_id
+
+
+@contextmanager
+def new_dataset(out: Path, dataset_id: str) -> Iterator[Path]:
+    """A temporary Minari root; the dataset written there moves to `out` in the end: complete or not there."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out) as root:
+            yield Path(root)
+            for namespace in reversed(Path(dataset_id).parents[:-1]):
+                (out / namespace).mkdir(exist_ok=True)
+                (out / namespace / "namespace_metadata.json").write_text("{}")
+            os.replace(Path(root) / dataset_id, out / dataset_id)
+    except OSError as error:
+        fail(f"the dataset can't be written to {out} ({error}), nothing is left: make room or choose --out")
+
+
 # === The phases ============================================================================================
 
 
-def recordable_env(env_id: str) -> gym.Env:
-    """The environment with actions in [-1, 1]; one sentence and exit where it can't be recorded."""
+def flat_env(env_id: str | EnvSpec) -> gym.Env:
+    """The environment; one sentence and exit where its spaces aren't flat boxes or it has no time limit."""
     try:
         env = gym.make(env_id)
-    except gym.error.Error as error:
-        fail(f"{error}")
+    except Exception as error:  # an environment may come from any package
+        fail(f"the environment {env_id} can't be made ({error})")
     spaces = (env.observation_space, env.action_space)
     flat = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
     if not flat or not env.action_space.is_bounded():
         fail(f"flat Box observations and bounded flat Box actions are needed; {env_id} has {spaces}")
     if env.spec.max_episode_steps is None:
         fail(f"{env_id} has no time limit; register it with max_episode_steps")
+    return env
+
+
+def recordable_env(env_id: str) -> gym.Env:
+    """The environment with actions in [-1, 1]; one sentence and exit where it can't be recorded."""
+    env = flat_env(env_id)
     if (env.action_space.low == -1).all() and (env.action_space.high == 1).all():
         return env
     return gym.wrappers.RescaleAction(env, -1.0, 1.0)
@@ -492,23 +740,16 @@ def record(args: RecordArgs) -> None:
 
     table = REFERENCE_SCORES.get(args.env_id, (None, None))
     references = tuple(t if g is None else g for g, t in zip((args.ref_min_score, args.ref_max_score), table))
-    target = args.out / args.dataset_id
     if None in references:
         fail(f"no reference scores are known for {args.env_id}: give --ref-min-score and --ref-max-score")
-    try:
-        minari.dataset.minari_dataset.parse_dataset_id(args.dataset_id)
-    except ValueError as error:
-        fail(str(error))
-    if target.exists():
-        fail(f"{target} exists already: remove it or choose another --dataset-id")
+    target = free_folder(args.out, args.dataset_id)
     env = recordable_env(args.env_id)
     started = code_version()  # of the code that runs, whatever happens to the file meanwhile
     episodes, final_scores = collect(args, references)
 
     statistics = describe(episodes)
-    args.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=args.out) as root:  # complete, or not there at all
-        os.environ["MINARI_DATASETS_PATH"] = root
+    with new_dataset(args.out, args.dataset_id) as root:
+        os.environ["MINARI_DATASETS_PATH"] = str(root)
         dataset = minari.create_dataset_from_buffers(
             args.dataset_id,
             [EpisodeBuffer(id=i, **episode) for i, episode in enumerate(episodes)],
@@ -527,14 +768,13 @@ def record(args: RecordArgs) -> None:
             f"up to a normalised score of {np.mean(final_scores):.1f} ({args.eval_episodes} episodes).",
             requirements=[f"gymnasium=={version('gymnasium')}", f"mujoco=={version('mujoco')}"],
         )
-        compress(Path(root) / args.dataset_id / "data" / "main_data.hdf5")
+        compress(root / args.dataset_id / "data" / "main_data.hdf5")
         settings = {key: value for key, value in vars(args).items() if key != "out"}
         dataset.storage.update_metadata({
             "horizon": env.spec.max_episode_steps, "reward_scale": 1.0, "reward_bias": 0.0, "seed": args.seed,
             "code_version": started, "record_settings": settings, "statistics": statistics,
-            "data_checksum": dataset_checksum(Path(root) / args.dataset_id),
+            "data_checksum": dataset_checksum(root / args.dataset_id),
             "final_scores": final_scores, "dataset_size": round(dataset.storage.get_size(), 1)})  # fmt: skip
-        shutil.copytree(root, args.out, dirs_exist_ok=True)
 
     for key, value in statistics.items():
         print(f"{key:<24}{value:>14,}")
@@ -543,9 +783,504 @@ def record(args: RecordArgs) -> None:
     print(f"written to {target}")
 
 
+# === Layouts: a file becomes rows ==========================================================================
+
+# Rows are transitions as arrays (T, ...) by name: observations, actions, rewards, next_observations,
+# terminations, truncations. A reader raises ValueError where a file isn't what it should be, and says in
+# `notes` what it did to the rows.
+
+
+def flags(values, name: str) -> np.ndarray:
+    """0 or 1, of any dtype and shape (T,) or (T, 1), as booleans (T,)."""
+    if not np.isin(values, (0, 1)).all():
+        raise ValueError(f"{name} holds other values than 0 and 1")
+    return np.reshape(values, -1).astype(bool)
+
+
+def columns_of(file, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """The named columns of an HDF5 or .npz file, all of one length (final_observations excepted)."""
+    if missing := [name for name in names if name not in file]:
+        raise ValueError(f"it has no {', '.join(missing)}")
+    columns = {name: file[name][()] for name in names}
+    lengths = {
+        name: len(np.atleast_1d(column)) for name, column in columns.items() if name != "final_observations"
+    }
+    if len(set(lengths.values())) > 1 or 0 in lengths.values():
+        raise ValueError(f"its columns have lengths {lengths}")
+    return columns
+
+
+def cut_at_jumps(rows: dict, settle: bool, notes: list[str]) -> None:
+    """Within an episode a successor is the next row's observation; where not, settling ends the episode."""
+    ends = rows["terminations"] | rows["truncations"]
+    jumps = (rows["next_observations"][:-1] != rows["observations"][1:]).any(axis=1) & ~ends[:-1]
+    if jumps.any() and not settle:
+        t, count = np.argmax(jumps), f"{jumps.sum():,} such rows"
+        raise ValueError(f"within an episode next_observations[{t}] is not observations[{t + 1}] ({count}); "
+                         "--settle ends the episode there, as a truncation")  # fmt: skip
+    rows["truncations"][:-1] |= jumps
+    if jumps.any():
+        notes.append(f"{jumps.sum():,} episodes cut where next_observations isn't the next observation")
+
+
+def with_successors(rows: dict, ends: np.ndarray, notes: list[str]) -> dict:
+    """next_observations of a file that has none, from the row behind. `ends` (T,): last rows of the episodes.
+
+    The last row of an episode that time (or the file's end) cut has no successor and is dropped: the episode
+    ends one row earlier. A terminated row stays, as y = r needs none; its own observation takes the place.
+    """
+    successors = np.concatenate([rows["observations"][1:], rows["observations"][-1:]])
+    successors[ends] = rows["observations"][ends]
+    unknown = ends & ~rows["terminations"]
+    truncations = np.r_[unknown[1:], False] & ~ends & ~rows["terminations"]  # the row before a dropped one
+    notes.append(f"{unknown.sum():,} rows dropped, the last of episodes cut by time: they have no successor")
+    rows = rows | dict(next_observations=successors, truncations=truncations)
+    return {name: column[~unknown] for name, column in rows.items()}
+
+
+def read_flagged(file, settle: bool, notes: list[str]) -> dict:
+    """D4RL's locomotion and adroit: terminals against timeouts, next_observations where they are there."""
+    given = ("next_observations",) if "next_observations" in file else ()
+    rows = columns_of(file, ("observations", "actions", "rewards", "terminals", "timeouts", *given))
+    rows["terminations"] = flags(rows.pop("terminals"), "terminals")
+    rows["truncations"] = flags(rows.pop("timeouts"), "timeouts")
+    both = rows["terminations"] & rows["truncations"]
+    if both.any() and not settle:
+        raise ValueError(f"row {np.argmax(both)} is terminal and timeout at once ({both.sum():,} such rows); "
+                         "--settle calls it a termination")  # fmt: skip
+    rows["truncations"] &= ~both
+    ends = rows["terminations"] | rows["truncations"]
+    if not ends.any():
+        raise ValueError("it has neither a terminal nor a timeout: where its episodes end is unknown")
+    ends[-1] = True
+    if not given:
+        return with_successors(rows, ends, notes)
+    rows["truncations"] = ends & ~rows["terminations"]  # a last episode that the file cuts off counts too
+    return rows
+
+
+def read_kitchen(file, settle: bool, notes: list[str]) -> dict:
+    """D4RL's kitchen: no timeouts, and `terminals` marks the last row of a demonstration, not a termination.
+
+    An episode terminates where the reward first is 4, all tasks done (Cal-QL); its further rows are dropped.
+    """
+    rows = columns_of(file, ("observations", "actions", "rewards", "terminals"))
+    ends, done = flags(rows.pop("terminals"), "terminals"), rows["rewards"].reshape(-1) == 4
+    if not ends[-1]:
+        raise ValueError("its last row is no terminal: the last demonstration is cut off")
+    rows["terminations"], rows["behind"] = np.zeros((2, len(ends)), bool)
+    for start, end in spans(ends):
+        if done[start:end].any():
+            first = start + np.argmax(done[start:end])
+            rows["terminations"][first], rows["behind"][first + 1 : end] = True, True
+    rows = with_successors(rows, ends, notes)
+    behind = rows.pop("behind")
+    notes.append(f"{behind.sum():,} rows dropped behind the first with all four tasks done")
+    return {name: column[~behind] for name, column in rows.items()}
+
+
+def read_numpy(path: Path) -> dict:
+    """One's own episodes, see NumpyArgs."""
+    names = ("observations", "actions", "rewards", "terminations", "truncations", "final_observations")
+    file = np.load(path, allow_pickle=False)
+    if not isinstance(file, np.lib.npyio.NpzFile):
+        raise ValueError("it is no .npz: numpy.savez writes one")
+    with file:
+        rows = columns_of(file, names)
+    rows |= {name: flags(rows[name], name) for name in ("terminations", "truncations")}
+    ends = rows["terminations"] | rows["truncations"]
+    final = np.atleast_2d(rows.pop("final_observations"))
+    if not ends[-1]:
+        raise ValueError("it ends within an episode: set the last of truncations to True")
+    if final.shape != (ends.sum(), *rows["observations"].shape[1:]):
+        raise ValueError(f"final_observations have shape {final.shape}, and its episodes number {ends.sum()}")
+    rows["next_observations"] = np.concatenate([rows["observations"][1:], final[-1:]])
+    rows["next_observations"][ends] = final
+    return rows
+
+
+class PlainDtype:
+    """Stands in for np.dtype in a pickle: numbers, strings and objects; nothing that has fields."""
+
+    def __init__(self, name: str, *_):
+        if not re.fullmatch(r"[biuf]\d\d?|[SU]\d+|O8?", name):
+            raise ValueError(f"it holds an array of {name!r}, and only plain numbers are taken")
+        self.dtype = np.dtype(name)
+
+    def __setstate__(self, state):
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class PlainArray:
+    """Stands in for np.ndarray in a pickle: NumPy's own reader trusts what stands there, and can crash."""
+
+    def __init__(self, *_):
+        self.array = np.zeros(0)
+
+    def __setstate__(self, state):
+        _, shape, plain, fortran, content = state
+        if plain.dtype == object:
+            self.array = np.fromiter(content, object).reshape(shape, order="F" if fortran else "C")
+        else:
+            self.array = plain_array(content, plain, shape, "F" if fortran else "C")
+
+
+def plain_array(content: bytes, plain: PlainDtype, shape=(), order: str = "C") -> np.ndarray:
+    """An array, or the scalar of shape (), from its bytes, which have to be as many as it needs."""
+    return np.frombuffer(content, plain.dtype).reshape(shape, order=order)
+
+
+def resolved(value):
+    """The same containers with arrays in the place of their stand-ins."""
+    if isinstance(value, PlainArray):
+        return resolved(list(value.array)) if value.array.dtype == object else value.array
+    if isinstance(value, dict):
+        return {key: resolved(item) for key, item in value.items()}
+    return [resolved(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+PLAIN = {
+    "numpy.dtype": PlainDtype, "numpy.ndarray": PlainArray, "numpy._core.multiarray._reconstruct": PlainArray,
+    "numpy._core.numeric._frombuffer": plain_array, "_codecs.encode": str.encode, "builtins.set": set,
+    "numpy._core.multiarray.scalar": lambda plain, content: plain_array(content, plain),
+    "collections.OrderedDict": dict,
+}  # fmt: skip
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Arrays, numbers, strings and plain containers; what else a pickle asks for is refused, unexecuted."""
+
+    def find_class(self, module, name):
+        wanted = f"{module.replace('numpy.core', 'numpy._core')}.{name}"  # NumPy 1's name
+        if wanted not in PLAIN:
+            raise ValueError(f"it asks for {wanted}, and only arrays and plain containers are taken")
+        return PLAIN[wanted]
+
+
+def unpickled(path: Path):
+    """Contents of an .npy of objects, or of a plain pickle."""
+    with open(path, "rb") as file:
+        if file.read(6) == b"\x93NUMPY":  # version (2 bytes), header's length (2 or 4), header, pickle
+            width = 2 if file.read(2)[0] == 1 else 4
+            file.seek(int.from_bytes(file.read(width), "little"), os.SEEK_CUR)
+        else:
+            file.seek(0)
+        return resolved(PlainUnpickler(file).load())
+
+
+def read_awac(path: Path, notes: list[str]) -> dict:
+    """AWAC's trajectories, cut and relabelled as Cal-QL does, see AwacArgs. Every success ends an episode."""
+    names = ("observations", "next_observations")
+    bare = lambda x: x["state_observation"] if isinstance(x, dict) else x
+    parts, failures, clipped = [], 0, 0
+    for i, trajectory in enumerate(unpickled(path)):
+        if missing := {*names, "actions", "rewards"} - set(trajectory):
+            raise ValueError(f"trajectory {i} has no {', '.join(sorted(missing))}")
+        part = {name: np.array([bare(x) for x in trajectory[name]]) for name in names}
+        actions, rewards = np.array(trajectory["actions"]), np.reshape(trajectory["rewards"], -1)
+        steps = len(actions)
+        if {len(x) for x in part.values()} != {steps} or len(rewards) not in (steps, steps + 1):
+            raise ValueError(f"trajectory {i} has columns of different lengths")
+        success = rewards[:steps] == 0  # the demonstrations have a reward too many
+        if not (success | (rewards[:steps] == -1)).all():
+            raise ValueError(f"trajectory {i} has other rewards than -1 and 0")
+        clipped += (np.abs(actions) > 1).any(axis=-1).sum()
+        part |= dict(actions=actions.clip(-1, 1), rewards=success - 1.0, terminations=success)
+        stop = steps - np.argmax(success[::-1]) if success.any() else 0
+        failures += stop == 0
+        parts.append({name: column[:stop] for name, column in part.items()})
+    if failures == len(parts):
+        raise ValueError("none of its trajectories has a success (a reward of 0)")
+    rows = {name: np.concatenate([part[name] for part in parts if len(part["rewards"])]) for name in parts[0]}
+    rows["truncations"] = np.zeros(len(rows["rewards"]), bool)
+    notes.append(f"{path.name}: {len(parts):,} trajectories, {failures:,} without a success dropped, "
+                 f"{clipped:,} rows with actions beyond [-1, 1] clipped")  # fmt: skip
+    return rows
+
+
+# === Downloads =============================================================================================
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fetch(url: str, part: Path, published: Published) -> None:
+    """Appends to `part` what it lacks of the file at `url`; OSError or HTTPException where that fails."""
+    have = part.stat().st_size if part.exists() else 0
+    if have and have == published.size:
+        return
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        have = have if answer.status == 206 else 0  # 200: the whole file comes, whatever was asked for
+        total = have + int(answer.headers["Content-Length"])
+        if published.size not in (None, total):
+            raise OSError(f"the file there has {total:,} bytes, not {published.size:,}")
+        if shutil.disk_usage(part.parent).free < total - have:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        label = dict(desc=f"downloading {part.stem}", unit="B", unit_scale=True, dynamic_ncols=True)
+        with open(part, "ab" if have else "wb") as file, tqdm(total=total, initial=have, **label) as bar:
+            while piece := answer.read(2**20):
+                file.write(piece)
+                bar.update(len(piece))
+    if part.stat().st_size < total:
+        raise OSError("the connection broke")
+
+
+def download(urls: list[str], path: Path, published: Published) -> None:
+    """`path` from the first of `urls` that delivers what was published; an earlier part is gone on with."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part, reasons = path.with_name(path.name + ".part"), []
+    if published.sha256 is None or (part.exists() and part.stat().st_size > published.size):
+        part.unlink(missing_ok=True)  # nothing would tell whether two parts belong together
+    for url in urls:
+        resumed = part.exists()
+        while True:
+            before = part.stat().st_size if part.exists() else 0
+            try:
+                fetch(url, part, published)
+            except (OSError, http.client.HTTPException, TypeError) as error:  # TypeError: no Content-Length
+                if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                    fail(f"no space is left in {path.parent} for {path.name}: make room and start again, or "
+                         "choose another folder with XDG_CACHE_HOME; what has come is kept")  # fmt: skip
+                if published.sha256 and part.exists() and part.stat().st_size > before:
+                    continue  # it broke on the way: go on from there
+                reasons.append(f"{url}: {error}")
+                break
+            if published.sha256 in (None, checksum(part)):
+                os.replace(part, path)
+                return
+            part.unlink()
+            if not resumed:
+                reasons.append(f"{url}: its SHA-256 is not the published one")
+                break
+            resumed = False  # the earlier part may be at fault
+    fail(f"{path.name} could not be downloaded ({'; '.join(reasons)}): fetch {urls[0]} where there is a "
+         "network, and give it with --file")  # fmt: skip
+
+
+# === Importing =============================================================================================
+
+
+def spans(ends: np.ndarray) -> list[tuple[int, int]]:
+    """First row and the row behind the last of every episode; ends (T,): is this the last row of one?"""
+    stops = np.flatnonzero(ends) + 1
+    return list(zip(np.r_[0, stops[:-1]].tolist(), stops.tolist()))
+
+
+def unit_box(env: Environment) -> gym.spaces.Box:
+    """The action space [-1, 1] of every environment of D4RL."""
+    return gym.spaces.Box(-1.0, 1.0, env.sizes[1:], np.float32)
+
+
+def to_episodes(rows: dict, sizes, actions: gym.spaces.Box, settle: bool, notes: list[str]) -> list[dict]:
+    """Episodes with T + 1 float32 observations; ValueError where the rows can't be what they claim to be.
+
+    sizes: of an observation and an action.
+    """
+    if rows["rewards"].shape not in ((len(rows["actions"]),), (len(rows["actions"]), 1)):
+        raise ValueError(f"rewards have shape {rows['rewards'].shape}")
+    rows["rewards"] = rows["rewards"].reshape(-1)
+    for name, size in zip(("observations", "next_observations", "actions"), (sizes[0], *sizes)):
+        if rows[name].shape[1:] != (size,):
+            raise ValueError(f"{name} have shape {rows[name].shape}, where {size} columns are needed")
+        with np.errstate(over="ignore"):
+            rows[name] = rows[name].astype(np.float32)
+    for name in ("observations", "next_observations", "actions", "rewards"):
+        if not np.isfinite(rows[name]).all():
+            raise ValueError(f"{name} hold NaN or infinite values")
+    low, high = np.float32(actions.low), np.float32(actions.high)
+    beyond = ((rows["actions"] < low) | (rows["actions"] > high)).any(axis=1)
+    if beyond.any():
+        raise ValueError(f"{beyond.sum():,} actions lie out of bounds, the first in row {np.argmax(beyond)}")
+    cut_at_jumps(rows, settle, notes)
+    episodes = []
+    for start, end in spans(rows["terminations"] | rows["truncations"]):
+        names = ("actions", "rewards", "terminations", "truncations")
+        episode = {name: rows[name][start:end] for name in names}
+        last = rows["next_observations"][end - 1 : end]
+        episodes.append(episode | {"observations": np.concatenate([rows["observations"][start:end], last])})
+    return episodes
+
+
+def write_episodes(path: Path, episodes: list[dict]) -> None:
+    """Minari's HDF5 layout: a group an episode. Its columns stay as they are, rewards in the file's dtype."""
+    import h5py
+
+    with h5py.File(path, "w") as file:
+        for i, episode in enumerate(episodes):
+            group = file.create_group(f"episode_{i}")
+            group.attrs["id"], group.attrs["total_steps"] = i, len(episode["rewards"])
+            for name, column in episode.items():
+                group[name] = column
+
+
+def print_statement(episodes: list[dict], statistics: dict, notes: list[str]) -> None:
+    """What was imported: statistics, a histogram of the episodes' lengths, what was done to the rows."""
+    for key, value in statistics.items():
+        print(f"{key:<24}{value:>14,}")
+    lengths = [len(episode["rewards"]) for episode in episodes]
+    edges = np.unique(np.linspace(min(lengths), max(lengths) + 1, 11).astype(int))
+    counts, _ = np.histogram(lengths, edges)
+    for count, low, behind in zip(counts, edges, edges[1:]):
+        bar = "#" * math.ceil(40 * count / counts.max())
+        print(f"{f'length {low} to {behind - 1}':<24}{count:>14,}  {bar}".rstrip())
+    for note in notes:
+        print(f"note: {note}")
+
+
+def save_import(out: Path | None, dataset_id: str, episodes: list[dict], env: Environment, spec: EnvSpec,
+                actions: gym.spaces.Box, notes: list[str], **metadata) -> None:  # fmt: skip
+    """Writes the episodes as a Minari dataset and prints what they are."""
+    import minari
+    from minari.dataset.minari_storage import MinariStorage
+
+    out = out or minari_root()
+    statistics, target, code = describe(episodes), free_folder(out, dataset_id), code_version()
+    with new_dataset(out, dataset_id) as root:
+        data = root / dataset_id / "data"
+        data.parent.mkdir(parents=True)
+        observations = gym.spaces.Box(-np.inf, np.inf, env.sizes[:1], np.float32)
+        storage = MinariStorage.new(data, observations, actions, spec)
+        write_episodes(data / "main_data.hdf5", episodes)
+        storage.update_metadata(metadata | {
+            "dataset_id": dataset_id, "minari_version": minari.__version__, "eval_env_spec": spec.to_json(),
+            "total_episodes": len(episodes), "total_steps": statistics["steps"], "horizon": env.horizon,
+            "ref_min_score": env.references[0], "ref_max_score": env.references[1], "statistics": statistics,
+            "reward_scale": env.reward[0], "reward_bias": env.reward[1], "wrappers": list(env.wrappers),
+            "code_version": code, "code_permalink": f"make_dataset.py at {code}",
+            "notes": notes, "data_checksum": dataset_checksum(root / dataset_id),
+            "dataset_size": round(storage.get_size(), 1)})  # fmt: skip
+    print_statement(episodes, statistics, notes)
+    print(f"{dataset_id} is written to {target}")
+
+
+def refuse(path: Path, error: Exception):
+    """One sentence for a file that can't be imported."""
+    reason = " ".join(str(error).split())[:300]
+    kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+    fail(f"{path} can't be imported: {kind}{reason}")
+
+
+def import_d4rl(args: D4rlArgs) -> None:
+    """Bring an original D4RL file into Minari's format."""
+    import h5py
+
+    files = d4rl_files()
+    name = next((n for n in (args.name, *(f"{args.name}-v{i}" for i in (2, 1, 0))) if n in files), None)
+    if name is None:
+        near = ", ".join(difflib.get_close_matches(args.name, files, n=3, cutoff=0.0))
+        fail(f"D4RL's {args.name!r} isn't among what can be imported, the nearest names are: {near}")
+    published, task = files[name], name.rsplit("-v", 1)[0]
+    family = task if task in D4RL_ENVIRONMENTS else task.split("-")[0]
+    env = D4RL_ENVIRONMENTS[family]
+    dataset_id = f"d4rl-original/{name.replace('-', '/', 1)}"
+    free_folder(args.out or minari_root(), dataset_id)  # before anything is downloaded
+
+    path = args.file or cache_folder() / "d4rl" / published.path
+    urls = [D4RL_ADDRESS + published.path]
+    urls += [D4RL_MIRROR + Path(published.path).name] if published.sha256 else []
+    if args.file is None and not (path.exists() and published.sha256 in (None, checksum(path))):
+        download(urls, path, published)
+    notes = [env.note] if env.note else []
+    try:
+        found = checksum(path)
+        if args.verify and published.sha256 not in (None, found):
+            raise ValueError(f"its SHA-256 is {found}, D4RL published {published.sha256}: it is damaged "
+                             "or another file; fetch it again, or take it with --no-verify")  # fmt: skip
+        with h5py.File(path) as file:
+            reader = read_kitchen if family.startswith("kitchen") else read_flagged
+            rows = reader(file, args.settle, notes)
+        episodes = to_episodes(rows, env.sizes, unit_box(env), args.settle, notes)
+    except Exception as error:  # HDF5 raises many kinds
+        refuse(path, error)
+    verified = {None: "none published", found: "as published"}.get(published.sha256, "not as published")
+    if args.file is None:
+        notes.append(f"the download {path} isn't needed any more")
+    save_import(
+        args.out, dataset_id, episodes, env, env.spec(), unit_box(env), notes, algorithm_name="D4RL",
+        description=f"{name} of D4RL, from {published.path} (SHA-256 {found}: {verified}).",
+        source={"url": urls[0], "sha256": found, "verified": verified},
+        author={"the authors of D4RL (arXiv 2004.07219)"})  # fmt: skip
+
+
+def environment_spec(env_id: str, max_episode_steps: int | None) -> EnvSpec:
+    """Gymnasium's description of a registered environment, of module:Id-v0 or of a class, module:Class."""
+    module, _, name = env_id.rpartition(":")
+    try:
+        if module:
+            importlib.import_module(module)
+        registered = not module or name in gym.registry
+        spec = copy.deepcopy(gym.spec(name)) if registered else EnvSpec(f"{name}-v0", entry_point=env_id)
+        if callable(spec.entry_point):  # a dataset holds its name
+            spec.entry_point = f"{spec.entry_point.__module__}:{spec.entry_point.__qualname__}"
+        spec.max_episode_steps = max_episode_steps or spec.max_episode_steps
+    except Exception as error:  # importing a module runs anything
+        fail(f"the environment {env_id} can't be found ({error}): install its package, or put its folder "
+             "into PYTHONPATH")  # fmt: skip
+    return spec
+
+
+def import_numpy(args: NumpyArgs) -> None:
+    """Bring one's own episodes into Minari's format."""
+    if not args.files:
+        fail("no file is given: name one .npz or several")
+    free_folder(args.out or minari_root(), args.dataset_id)
+    spec, notes, episodes = environment_spec(args.env_id, args.max_episode_steps), [], []
+    flat = flat_env(spec)
+    sizes = flat.observation_space.shape[0], flat.action_space.shape[0]
+    for path in args.files:
+        try:
+            episodes += to_episodes(read_numpy(path), sizes, flat.action_space, False, notes)
+        except Exception as error:
+            refuse(path, error)
+    references = (args.ref_min_score, args.ref_max_score)
+    env = Environment(spec.id, spec.kwargs, spec.max_episode_steps, sizes, references)
+    names = ", ".join(path.name for path in args.files)
+    save_import(args.out, args.dataset_id, episodes, env, spec, flat.action_space, notes,
+                description=f"Episodes in {args.env_id}, imported from {names}.")  # fmt: skip
+
+
+def import_awac(args: AwacArgs) -> None:
+    """Bring AWAC's "binary" adroit data into Minari's format."""
+    if not args.files:
+        fail("no file is given: name the .npy of one task")
+    notes, episodes, found = [], [], {}
+    for path in args.files:
+        try:
+            rows = read_awac(path, notes)
+            sizes = rows["observations"].shape[-1], rows["actions"].shape[-1]
+            found |= {task: env for task, env in AWAC_ENVIRONMENTS.items() if env.sizes == sizes}
+            if len(found) != 1:
+                known = {task: env.sizes for task, env in AWAC_ENVIRONMENTS.items()}
+                raise ValueError(
+                    f"its observations and actions have {sizes} columns: take files of one task, {known}"
+                )
+            ((task, env),) = found.items()
+            episodes += to_episodes(rows, env.sizes, unit_box(env), args.settle, notes)
+        except Exception as error:  # so does a damaged pickle
+            refuse(path, error)
+    sums = ", ".join(f"{path.name} (SHA-256 {checksum(path)})" for path in args.files)
+    dataset_id = args.dataset_id or f"awac/{task}/binary-v0"
+    save_import(args.out, dataset_id, episodes, env, env.spec(), unit_box(env), notes, algorithm_name="AWAC",
+                description=f"Sparse-reward adroit trajectories of AWAC, cut at the last success: {sums}.",
+                author={"the authors of AWAC (arXiv 2006.09359)"})  # fmt: skip
+
+
+COMMANDS = {
+    "record": (RecordArgs, record),
+    "d4rl": (D4rlArgs, import_d4rl),
+    "numpy": (NumpyArgs, import_numpy),
+    "awac": (AwacArgs, import_awac),
+}
+
+
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", message=".*precision lowered.*")  # gymnasium on its own float32 boxes
     try:
-        record(tyro.extras.subcommand_cli_from_dict({"record": RecordArgs}))
+        settings = tyro.extras.subcommand_cli_from_dict({name: kind for name, (kind, _) in COMMANDS.items()})
+        next(run for kind, run in COMMANDS.values() if isinstance(settings, kind))(settings)
     except KeyboardInterrupt:
-        fail("interrupted: nothing was written")
+        fail("interrupted: no dataset was written; the same command goes on with a download")
