@@ -302,7 +302,7 @@ def find_dataset(dataset_id: str, download: bool) -> Path:
     if dataset_id not in found and source in ("d4rl-original", "awac"):
         command = {
             "d4rl-original": "d4rl " + name.replace("/", "-"),
-            "awac": f"awac {name.split('/')[0]} FILES",
+            "awac": "awac {0}2_sparse.npy {0}_bc_sparse4.npy".format(name.split("/")[0]),
         }
         fail(f"{dataset_id} is not on this machine: `python make_dataset.py {command[source]}` brings it "
              "(README, Data)")  # fmt: skip

@@ -189,7 +189,7 @@ class Environment(NamedTuple):
 
     The training scripts know the wrappers by name. HealthyRewardAtFall: + 1.0 on a terminated step;
     BinaryReward: reward success - 1, success terminates; LatchedKitchen: the reward counts the tasks ever
-    completed in the episode.
+    completed in the episode, observations are positions of robot and objects.
     """
 
     env_id: str
@@ -199,6 +199,7 @@ class Environment(NamedTuple):
     references: tuple[float, float]  # returns that stand for the scores 0 and 100
     wrappers: tuple[str, ...] = ()
     reward: tuple[float, float] = (1.0, 0.0)  # scale and bias for the losses
+    last_reward: bool = False  # an episode counts its last reward, not their sum
     note: str = ""
 
     def spec(self) -> EnvSpec:
@@ -212,12 +213,12 @@ def kitchen(*tasks: str) -> Environment:
     kwargs = dict(tasks_to_complete=list(tasks), object_noise_ratio=0.1, robot_noise_ratio=0.1)
     kwargs |= dict(terminate_on_tasks_completed=True, remove_task_when_completed=False)
     note = (
-        "observations are D4RL's 60: positions of robot (9) and objects (21), which are [0:9] and [18:39] of "
-        "FrankaKitchen-v1's, and the goal (30); a reward counts the tasks done in the row's own observation"
+        "observations are the first 30 of D4RL's 60, positions of robot (9) and objects (21), which are "
+        "[0:9] and [18:39] of FrankaKitchen-v1's; the goal behind them is left out; a reward counts the "
+        "tasks done up to the row's own observation"
     )
-    return Environment(
-        "FrankaKitchen-v1", kwargs, 280, (60, 9), (0.0, 4.0), ("LatchedKitchen",), (1.0, -4.0), note
-    )
+    return Environment("FrankaKitchen-v1", kwargs, 280, (30, 9), (0.0, 4.0), ("LatchedKitchen",), (1.0, -4.0),
+                       True, note)  # fmt: skip
 
 
 # Environments and reference scores of D4RL (d4rl/infos.py). Its Hopper and Walker2d (Gym's v2) give the
@@ -239,12 +240,13 @@ D4RL_ENVIRONMENTS = {
     "kitchen-mixed": kitchen("microwave", "kettle", "bottom burner", "light switch"),
 }  # fmt: skip
 
-# AWAC's sparse tasks. A return is minus the steps before the success: score 0 is "never", 100 is "at once".
-BINARY = dict(wrappers=("BinaryReward",), reward=(10.0, 5.0))  # Cal-QL's 10 r + 5
+# AWAC's sparse tasks. An episode counts its last reward, 0 for a success: the score is the rate of success.
+BINARY = dict(references=(-1.0, 0.0), wrappers=("BinaryReward",), last_reward=True,
+              reward=(10.0, 5.0))  # Cal-QL's 10 r + 5  # fmt: skip
 AWAC_ENVIRONMENTS = {
-    "door": Environment("AdroitHandDoor-v1", {}, 200, (39, 28), (-200.0, 0.0), **BINARY),
-    "pen": Environment("AdroitHandPen-v1", {}, 100, (45, 24), (-100.0, 0.0), **BINARY),
-    "relocate": Environment("AdroitHandRelocate-v1", {}, 200, (39, 30), (-200.0, 0.0), **BINARY),
+    "door": Environment("AdroitHandDoor-v1", {}, 200, (39, 28), **BINARY),
+    "pen": Environment("AdroitHandPen-v1", {}, 100, (45, 24), **BINARY),
+    "relocate": Environment("AdroitHandRelocate-v1", {}, 200, (39, 30), **BINARY),
 }
 
 D4RL_ADDRESS = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"  # d4rl/infos.py
@@ -719,9 +721,9 @@ def collect(args: RecordArgs, references: tuple[float, float]) -> tuple[list[dic
     return episodes, [float(score) for score in evaluations]
 
 
-def describe(episodes: list[dict]) -> dict[str, float]:
+def describe(episodes: list[dict], last_reward: bool = False) -> dict[str, float]:
     """What a reader wants to know of a recording: sizes, returns, and how the episodes ended."""
-    returns = np.array([episode["rewards"].sum() for episode in episodes])
+    returns = np.array([e["rewards"][-1] if last_reward else e["rewards"].sum() for e in episodes])
     return {
         "steps": sum(len(episode["rewards"]) for episode in episodes),
         "episodes": len(episodes),
@@ -862,12 +864,17 @@ def read_flagged(file, settle: bool, notes: list[str]) -> dict:
 def read_kitchen(file, settle: bool, notes: list[str]) -> dict:
     """D4RL's kitchen: no timeouts, and `terminals` marks the last row of a demonstration, not a termination.
 
-    An episode terminates where the reward first is 4, all tasks done (Cal-QL); its further rows are dropped.
+    An episode terminates where all four tasks have been done (Cal-QL: where the reward first is 4); its
+    further rows are dropped. A task counts once it was done, as in the environment that will be trained in.
     """
     rows = columns_of(file, ("observations", "actions", "rewards", "terminals"))
-    ends, done = flags(rows.pop("terminals"), "terminals"), rows["rewards"].reshape(-1) == 4
+    ends, rewards = flags(rows.pop("terminals"), "terminals"), rows["rewards"].reshape(-1)
     if not ends[-1]:
         raise ValueError("its last row is no terminal: the last demonstration is cut off")
+    rows["rewards"] = np.concatenate([np.maximum.accumulate(rewards[a:b]) for a, b in spans(ends)])
+    rows["observations"], done = rows["observations"][:, :30], rows["rewards"] == 4
+    undone = (rows["rewards"] > rewards).sum()
+    notes.append(f"{undone:,} rows in which a task was undone again count it as done")
     rows["terminations"], rows["behind"] = np.zeros((2, len(ends)), bool)
     for start, end in spans(ends):
         if done[start:end].any():
@@ -1138,7 +1145,8 @@ def save_import(out: Path | None, dataset_id: str, episodes: list[dict], env: En
     from minari.dataset.minari_storage import MinariStorage
 
     out = out or minari_root()
-    statistics, target, code = describe(episodes), free_folder(out, dataset_id), code_version()
+    statistics, target = describe(episodes, env.last_reward), free_folder(out, dataset_id)
+    code = code_version()
     with new_dataset(out, dataset_id) as root:
         data = root / dataset_id / "data"
         data.parent.mkdir(parents=True)
@@ -1150,7 +1158,8 @@ def save_import(out: Path | None, dataset_id: str, episodes: list[dict], env: En
             "total_episodes": len(episodes), "total_steps": statistics["steps"], "horizon": env.horizon,
             "ref_min_score": env.references[0], "ref_max_score": env.references[1], "statistics": statistics,
             "reward_scale": env.reward[0], "reward_bias": env.reward[1], "wrappers": list(env.wrappers),
-            "code_version": code, "code_permalink": f"make_dataset.py at {code}",
+            "return": "last reward" if env.last_reward else "sum of rewards", "code_version": code,
+            "code_permalink": f"make_dataset.py at {code}",
             "notes": notes, "data_checksum": dataset_checksum(root / dataset_id),
             "dataset_size": round(storage.get_size(), 1)})  # fmt: skip
     print_statement(episodes, statistics, notes)

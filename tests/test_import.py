@@ -99,7 +99,7 @@ def write_adroit(path: Path, rows: dict) -> Path:
 def kitchen_rows() -> dict:
     """kitchen: no timeouts, `terminals` (float32) at the last row of a demonstration, rewards 0 to 4."""
     rows = transitions((6, 4, 5), (60, 9), np.float32)
-    rows["rewards"] = np.float32([0, 1, 4, 3, 4, 4, 0, 1, 1, 2, 0, 2, 3, 3, 4])
+    rows["rewards"] = np.float32([0, 1, 4, 3, 4, 4, 0, 1, 0, 2, 0, 2, 3, 2, 4])
     del rows["next_observations"]
     return rows | dict(terminals=np.float32(rows.pop("last")), infos=np.arange(15))
 
@@ -197,11 +197,15 @@ def test_kitchen_demonstrations_end_where_all_is_done(recorder, smac, tmp_path):
     # done in the third row of six; never in four, whose last has no successor; in the last of five
     kept = np.r_[0:3, 6:9, 10:15]
     assert data.ends.tolist() == [3, 6, 11]
-    for name in ("observations", "actions", "rewards"):
-        np.testing.assert_array_equal(data.columns[name], rows[name][kept])
+    positions = rows["observations"][:, :30]  # the goal is left out
+    np.testing.assert_array_equal(data.columns["observations"], positions[kept])
+    np.testing.assert_array_equal(data.columns["actions"], rows["actions"][kept])
+    # what was done stays done: 1 0 is 1 1
+    assert data.columns["rewards"].tolist() == [0, 1, 4, 0, 1, 1, 0, 2, 3, 3, 4]
+    assert data.returns().tolist() == [4, 1, 4] and data.score(data.returns()).tolist() == [100, 25, 100]
     assert np.flatnonzero(data.columns["terminations"]).tolist() == [2, 10]
-    np.testing.assert_array_equal(data.columns["next_observations"][:2], rows["observations"][1:3])
-    np.testing.assert_array_equal(data.columns["next_observations"][3:6], rows["observations"][7:10])
+    np.testing.assert_array_equal(data.columns["next_observations"][:2], positions[1:3])
+    np.testing.assert_array_equal(data.columns["next_observations"][3:6], positions[7:10])
     metadata = metadata_of(tmp_path, "d4rl-original/kitchen/mixed-v0")
     assert metadata["reward_bias"] == -4 and metadata["wrappers"] == ["LatchedKitchen"]
     assert json.loads(metadata["env_spec"])["kwargs"]["tasks_to_complete"] == [

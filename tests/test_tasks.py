@@ -168,6 +168,19 @@ def test_a_robotics_task_trains(smac, monkeypatch, tmp_path, name):
     assert smac.load_dataset(dataset_id).reward(-1.0) == -5.0
 
 
+@pytest.mark.parametrize("table", ["D4RL_ENVIRONMENTS", "AWAC_ENVIRONMENTS"])
+def test_what_an_import_names_is_an_environment_of_the_same_sizes(smac, recorder, table):
+    """The metadata of `make_dataset.py d4rl` and `awac` lead to an environment that fits their data."""
+    pytest.importorskip("gymnasium_robotics")
+    for name, described in getattr(recorder, table).items():
+        env = smac.make_env(described.spec(), described.wrappers)
+        sizes = env.observation_space.shape[0], env.action_space.shape[0]
+        assert sizes == described.sizes, name
+        assert env.spec.max_episode_steps == described.horizon
+        observation, _ = env.reset(seed=0)
+        assert observation.shape == sizes[:1] and env.step(env.action_space.sample())[0].shape == sizes[:1]
+
+
 class Nested(gym.Env):
     """A Dict in a Dict; its parts come in the order of their names."""
 
@@ -244,7 +257,7 @@ def test_other_spaces_are_one_sentence(smac, monkeypatch, tmp_path, space, sente
 @pytest.mark.parametrize("task, command", [
     ("d4rl-hopper-medium-replay", "make_dataset.py d4rl hopper-medium-replay"),
     ("kitchen-partial", "make_dataset.py d4rl kitchen-partial"),
-    ("door-binary", "make_dataset.py awac door"),
+    ("door-binary", "make_dataset.py awac door2_sparse.npy"),
     ("walker2d-expert", "nearest names"),
 ])  # fmt: skip
 def test_a_task_without_data_says_at_once_how_to_get_it(smac, monkeypatch, tmp_path, task, command):
