@@ -1479,12 +1479,12 @@ def train_online(run: Run, agent: Agent, score_net: ScoreNet | None) -> None:
 # allowed values of the settings
 AT_LEAST_ONE = ("hidden_sizes", "score_hidden_sizes", "batch_size", "num_critics", "utd_ratio", "eval_every",
                 "handover_eval_every", "eval_episodes", "policy_delay", "score_levels", "cql_actions",
-                "alignment_decay")  # fmt: skip
+                "alignment_decay", "weight_clip")  # fmt: skip
 AT_LEAST_ZERO = ("score_steps", "offline_steps", "online_steps", "warmup_steps", "snapshot_every", "kappa",
                  "checkpoint_every", "muon_lr", "actor_lr", "critic_lr", "score_lr", "bc_alpha",
-                 "policy_noise", "noise_clip", "exploration_noise", "alignment_steps",
-                 "top_episodes")  # fmt: skip
-SHARES = ("gamma", "tau", "best_episodes", "data_fraction")  # from 0 to 1
+                 "policy_noise", "noise_clip", "exploration_noise", "alignment_steps", "top_episodes",
+                 "inverse_temperature", "return_range")  # fmt: skip
+SHARES = ("gamma", "tau", "best_episodes", "data_fraction", "expectile")  # from 0 to 1
 
 
 def parse_args() -> Args:
