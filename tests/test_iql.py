@@ -365,23 +365,36 @@ def test_fine_tuners_take_its_checkpoint(inside, whole, script):
         ("--offline-steps 0 --expectile 0.9 --weight-clip 10", 44),
     ],
 )
-def test_switches(iql, inside, switches, updates):
+def test_switches(iql, inside, monkeypatch, switches, updates):
+    update, networks = iql.iql_gradients, []
+    monkeypatch.setattr(iql, "iql_gradients", lambda *x: networks.append(x[:2]) or update(*x))
     run = inside(iql, TINY + switches)
     assert run.code == 0 and int(run.rows()[-1]["updates"]) == updates
     assert all(tensor.isfinite().all() for tensor in run.state("final.pt")["agent"].values())
+    agent, value = networks[0]
+    assert value.activation is agent.critic.net.activation, "V has the critics' layers"
+    assert torch.equal(value.mean, agent.actor.net.mean) and torch.equal(value.std, agent.actor.net.std)
+    assert value.mean.abs().sum() > 0, "the observations' statistics"
+    assert len(value.gains) == len(agent.critic.net.gains) == 2 * ("--critic-layer-norm" in switches)
 
 
 def test_online_batches_are_mixed_and_the_last_update_of_a_step_moves_the_actor(iql, inside, monkeypatch):
+    """A quarter of each batch is recorded, and all rewards have the transform that the recording names."""
     update, seen = iql.iql_gradients, []
+    data = iql.load_dataset("smac/pendulum/medium-replay-v0")
+    data = data._replace(metadata=data.metadata | dict(reward_scale=0.1, reward_bias=1.0))
+    monkeypatch.setattr(iql, "load_dataset", lambda *_: data)
     monkeypatch.setattr(iql, "iql_gradients", lambda *x: seen.append((x[2], x[-1])) or update(*x))
     assert inside(iql, TINY + "--utd-ratio 3 --offline-fraction 0.25").code == 0
     online = seen[20:]
     assert len(online) == 3 * (60 - 24) and [last for _, last in online[:6]] == [False, False, True] * 2
-    data = iql.load_dataset("smac/pendulum/medium-replay-v0")
     recorded = {row.tobytes() for row in data.columns["observations"]}
     for batch, _ in online[::20]:
         old = [row.numpy().tobytes() in recorded for row in batch["observations"]]
         assert old == [True] * 8 + [False] * 24
+        (x, y, speed), torque = batch["observations"].T, 2 * batch["actions"][:, 0]
+        raw = -(torch.atan2(y, x) ** 2 + 0.1 * speed**2 + 0.001 * torque**2)  # Pendulum's own reward
+        close(batch["rewards"], 0.1 * raw + 1, atol=1e-4)
 
 
 def test_a_policy_can_be_filmed(iql, inside, whole, monkeypatch):
