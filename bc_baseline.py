@@ -3,7 +3,7 @@
 # dependencies = [
 #     "torch==2.13.0", "numpy==2.4.6", "gymnasium[mujoco]==1.4.0", "mujoco==3.11.0", "minari[hdf5,hf]==0.5.4",
 #     "h5py==3.16.0", "pillow==13.0.0", "tyro==1.0.17", "tqdm==4.70.1", "tensorboard==2.21.0",
-#     "matplotlib==3.11.2",
+#     "matplotlib==3.11.2", "gymnasium-robotics==1.4.2",
 # ]
 # ///
 """BC, behaviour cloning: an actor by maximum likelihood on the recorded actions; 10% BC on the best episodes.
@@ -47,7 +47,7 @@ import socket
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -131,11 +131,24 @@ class Args:
 
 # === Tasks and data ========================================================================================
 
-# name: (Minari dataset, Gymnasium environment, its arguments); horizon, reward transform and reference scores
-# are in the dataset's metadata
+# name: (Minari dataset, Gymnasium environment, its arguments). The dataset's metadata hold horizon, wrappers,
+# reward transform and reference scores, and the environment where None stands here.
 TASKS = {
     "hopper-medium-replay": ("smac/hopper/medium-replay-v0", "Hopper-v5", {}),
     "pendulum-medium-replay": ("smac/pendulum/medium-replay-v0", "Pendulum-v1", {}),
+    # brought by `python make_dataset.py d4rl`
+    **{
+        f"d4rl-{robot}-{level}": (f"d4rl-original/{robot}/{level}-v2", None, {})
+        for robot in ("hopper", "walker2d", "halfcheetah")
+        for level in ("medium", "medium-replay", "medium-expert")
+    },
+    "kitchen-complete": ("d4rl-original/kitchen/complete-v0", None, {}),
+    "kitchen-partial": ("d4rl-original/kitchen/partial-v0", None, {}),
+    "kitchen-mixed": ("d4rl-original/kitchen/mixed-v0", None, {}),
+    # by `python make_dataset.py awac`
+    "door-binary": ("awac/door/binary-v0", None, {}),
+    "pen-binary": ("awac/pen/binary-v0", None, {}),
+    "relocate-binary": ("awac/relocate/binary-v0", None, {}),
 }
 
 # What differs from Args for a task; a flag on the command line wins over both.
@@ -193,9 +206,17 @@ class Dataset(NamedTuple):
     metadata: dict
     checksum: str
 
+    def episode_return(self, rewards: np.ndarray) -> float:
+        """What an episode of rewards (T,), the environment's own, counts: their sum, undiscounted.
+
+        Where the metadata say so it is the last of them: kitchen's tasks done, a binary task's success.
+        """
+        return float(rewards[-1] if self.metadata.get("return") == "last reward" else rewards.sum())
+
     def returns(self) -> np.ndarray:
-        """Undiscounted return of every episode, in the environment's own reward, (E,)."""
-        return np.add.reduceat(self.columns["rewards"], np.r_[0, self.ends[:-1]], dtype=np.float64)
+        """What every episode counts, (E,)."""
+        episodes = np.split(self.columns["rewards"].astype(np.float64), self.ends[:-1])
+        return np.array([self.episode_return(rewards) for rewards in episodes])
 
     def reward(self, raw):
         """The reward as every loss sees it: the recording's linear transform of the environment's own."""
@@ -216,7 +237,15 @@ def find_dataset(dataset_id: str, download: bool) -> Path:
             str(path.relative_to(root).parents[1]): path.parents[1]
             for path in root.rglob("data/metadata.json")
         }
-    if dataset_id not in found and download:
+    source, _, name = dataset_id.partition("/")
+    if dataset_id not in found and source in ("d4rl-original", "awac"):
+        command = {
+            "d4rl-original": "d4rl " + name.replace("/", "-"),
+            "awac": "awac {0}2_sparse.npy {0}_bc_sparse4.npy".format(name.split("/")[0]),
+        }
+        fail(f"{dataset_id} is not on this machine: `python make_dataset.py {command[source]}` brings it "
+             "(README, Data)")  # fmt: skip
+    elif dataset_id not in found and download:
         try:
             socket.getaddrinfo("huggingface.co", 443)  # without a network Minari would retry for 24 seconds
             import minari
@@ -231,24 +260,43 @@ def find_dataset(dataset_id: str, download: bool) -> Path:
     return found.get(dataset_id, own / dataset_id)
 
 
+def flattened(space: gym.Space, observations) -> np.ndarray:
+    """Observations (..., O); the parts of a Dict side by side, in the order of their names."""
+    if isinstance(space, gym.spaces.Dict):
+        parts = [flattened(space[key], observations[key]) for key in sorted(space)]
+        return np.concatenate(parts, axis=-1)
+    if not isinstance(space, gym.spaces.Box) or space.dtype.kind != "f" or len(space.shape) != 1:
+        raise ValueError(f"its observations are {space}; the scripts read flat float Box, or Dict of these")
+    return observations
+
+
 def read_episodes(folder: Path) -> dict[str, np.ndarray]:
     """All transitions of a Minari dataset, and `ends`. ValueError where it is damaged."""
     import minari
 
     dataset = minari.MinariDataset(folder / "data")
-    low, high = dataset.action_space.low, dataset.action_space.high
+    box = dataset.action_space
+    if (
+        not isinstance(box, gym.spaces.Box)
+        or box.dtype.kind != "f"
+        or not box.is_bounded()
+        or len(box.shape) != 1
+    ):
+        raise ValueError(f"its actions are {box}; the scripts need a flat float Box with finite bounds")
+    low, high = box.low, box.high
     episodes = list(dataset.iterate_episodes())
     if not episodes:
         raise ValueError("it holds no episode")
-    for e in episodes:
-        lengths = [len(x) for x in (e.observations, e.actions, e.rewards, e.terminations)]
+    observations = [flattened(dataset.observation_space, e.observations) for e in episodes]
+    for e, rows in zip(episodes, observations):
+        lengths = [len(x) for x in (rows, e.actions, e.rewards, e.terminations)]
         if lengths[1] == 0 or lengths != [lengths[1] + 1] + 3 * [lengths[1]]:
             raise ValueError(f"episode {e.id} has {lengths} observations, actions, rewards, terminations")
     parts = dict(
-        observations=[e.observations[:-1] for e in episodes],  # T + 1 rows: the last successor is real
+        observations=[rows[:-1] for rows in observations],  # T + 1 rows: the last successor is real
         actions=[(e.actions - (high + low) / 2) / ((high - low) / 2) for e in episodes],  # to [-1, 1]
         rewards=[e.rewards for e in episodes],
-        next_observations=[e.observations[1:] for e in episodes],
+        next_observations=[rows[1:] for rows in observations],
         terminations=[e.terminations for e in episodes],  # a truncation is none
     )
     columns = {name: np.concatenate(part).astype(np.float32) for name, part in parts.items()}
@@ -272,8 +320,8 @@ def load_dataset(dataset_id: str, download: bool = False) -> Dataset:
             columns = {name: cached[name] for name in (*transition_widths(1, 1), "ends")}
         except Exception:  # none yet, or a damaged one
             columns, cached = read_episodes(folder), None
-        scores = metadata["ref_min_score"], metadata["ref_max_score"]
-        assert None not in scores, "it names no reference scores"
+        scores = metadata.get("ref_min_score"), metadata.get("ref_max_score")
+        assert all(x is None or math.isfinite(x) for x in scores), "its reference scores are no numbers"
     except Exception as error:  # h5py, Minari and zip files raise many kinds
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         fail(f"dataset {folder} can't be read ({reason}): restore or record it again")
@@ -283,7 +331,14 @@ def load_dataset(dataset_id: str, download: bool = False) -> Dataset:
             write_atomically(cache, lambda path: np.savez(path.open("wb"), **columns))
     except OSError as error:
         print(f"note: no cache written ({error}); the next start loads as slowly as this one")
-    return Dataset(columns, columns.pop("ends"), metadata, checksum)
+    data = Dataset(columns, columns.pop("ends"), metadata, checksum)
+    if None in scores:
+        low, high = float(data.returns().min()), float(data.returns().max())
+        metadata |= dict(ref_min_score=low, ref_max_score=high if high > low else low + 1)
+        print(
+            f"note: {dataset_id} names no reference scores: 0 and 100 stand for its lowest and highest return"
+        )
+    return data
 
 
 def select_episodes(data: Dataset, best: float, share: float, seed: int) -> Dataset:
@@ -313,9 +368,55 @@ def returns_to_go(rewards, terminations, ends, gamma: float) -> np.ndarray:
     return result
 
 
-def make_env(spec: str | gym.envs.registration.EnvSpec, **kwargs) -> gym.Env:
-    """The environment, with actions in [-1, 1]."""
+class HealthyRewardAtFall(gym.Wrapper):
+    """Hopper and Walker2d as in Gym's v2 to v4: the healthy reward of 1 is paid on the falling step, too."""
+
+    def step(self, action):
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        return observation, reward + float(terminated), terminated, truncated, info
+
+
+class BinaryReward(gym.Wrapper):
+    """Adroit as in AWAC and Cal-QL: -1 a step, 0 on the step that succeeds, which ends the episode."""
+
+    def step(self, action):
+        observation, _, terminated, truncated, info = self.env.step(action)
+        success = bool(info["success"])
+        return observation, success - 1.0, terminated or success, truncated, info
+
+
+class LatchedKitchen(gym.Wrapper):
+    """D4RL's kitchen: joints and objects (30,) without velocities; reward: tasks done so far (latched)."""
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (30,), np.float32)
+
+    def view(self, observation: dict) -> np.ndarray:
+        full = observation["observation"]  # 9 joints, their velocities, 21 object coordinates, theirs
+        return np.r_[full[:9], full[18:39]].astype(np.float32)
+
+    def reset(self, **kwargs):
+        observation, info = self.env.reset(**kwargs)
+        return self.view(observation), info
+
+    def step(self, action):
+        observation, _, terminated, truncated, info = self.env.step(action)
+        done = info["episode_task_completions"]
+        return self.view(observation), float(len(done)), terminated, truncated, info
+
+
+WRAPPERS = {wrapper.__name__: wrapper for wrapper in (HealthyRewardAtFall, BinaryReward, LatchedKitchen)}
+
+
+def make_env(spec: str | gym.envs.registration.EnvSpec, wrappers: Sequence[str] = (), **kwargs) -> gym.Env:
+    """The environment in the named wrappers, with flat observations and actions in [-1, 1]."""
     env = gym.make(spec, **kwargs)
+    for name in wrappers:
+        env = WRAPPERS[name](env)
+    if isinstance(env.observation_space, gym.spaces.Dict):
+        flat = gym.spaces.Box(-np.inf, np.inf, (gym.spaces.flatdim(env.observation_space),), np.float32)
+        env = gym.wrappers.TransformObservation(env, partial(flattened, env.observation_space), flat)
     one = np.ones(env.action_space.shape, np.float32)
     unit = (env.action_space.low == -one).all() and (env.action_space.high == one).all()
     return env if unit else gym.wrappers.RescaleAction(env, -one, one)
@@ -667,12 +768,12 @@ def restore(state: dict, device: torch.device | str = "cpu") -> tuple[Agent, Sco
     return agent, score_net
 
 
-def film(actor: Actor, env_spec, path: Path, device="cpu", **kwargs) -> str:
+def film(actor: Actor, make: Callable[..., gym.Env], path: Path, device: torch.device | str = "cpu") -> str:
     """The first episode of every evaluation (seed 1000) as a GIF at `path`; "" or why there is none."""
     from PIL import Image
 
     try:
-        env = make_env(env_spec, render_mode="rgb_array", **kwargs)
+        env = make(render_mode="rgb_array")
         observation, done = env.reset(seed=1000)[0], False
         frames = [env.render()]
         while not done:
@@ -698,7 +799,8 @@ def film_checkpoint(args: Args) -> None:
     if not args.checkpoint:
         fail("--video-only needs --checkpoint FILE, the policy to film")
     path, state = Path(args.checkpoint).with_suffix(".gif"), load_checkpoint(Path(args.checkpoint))
-    if reason := film(restore(state)[0].actor, state["env"], path, **state["env_kwargs"]):
+    make = partial(make_env, state["env"], state.get("wrappers", ()), **state["env_kwargs"])
+    if reason := film(restore(state)[0].actor, make, path):
         fail(reason)
     print(f"video: {path}")
 
@@ -719,7 +821,8 @@ class Run:
     """A run's directory and all that is written there; `state` is the checkpoint it goes on from, or {}."""
 
     def __init__(self, args: Args, directory: Path, data: Dataset, env_spec, spec: dict, device, state: dict):
-        self.args, self.directory, self.data, self.env_spec = args, directory, data, env_spec
+        self.args, self.directory, self.data = args, directory, data
+        self.make_env = partial(make_env, env_spec, data.metadata.get("wrappers", ()))
         self.spec, self.device, self.state, self.rows = spec, device, state, state.get("rows", [])
         self.lock = open(directory / "lock", "a+")
         try:
@@ -732,7 +835,7 @@ class Run:
         print(f"process {os.getpid()} on {socket.gethostname()}", file=self.lock, flush=True)
         for path in directory.glob(".*.*"):  # half-written by a process that was killed
             path.unlink()
-        self.envs = [make_env(env_spec) for _ in range(args.eval_episodes)]
+        self.envs = [self.make_env() for _ in range(args.eval_episodes)]
         self.saved_at, self.began = time.monotonic(), time.monotonic() - state.get("seconds", 0.0)
         self.metrics, self.rates, self.updates, self.evaluating, self.stopping = {}, {}, 0, 0.0, 0
         self.boundary, self.extras = True, {}  # online: between two episodes? where in which episode?
@@ -817,7 +920,8 @@ class Run:
             torch.cuda.synchronize()  # updates under way are not the evaluation's time
         began = time.monotonic()
         rewards = evaluate(self.modules["agent"].actor, self.envs, self.device)
-        returns, found = [float(episode.sum()) for episode in rewards], diagnose(self, self.modules, rewards)
+        returns = [self.data.episode_return(episode) for episode in rewards]
+        found = diagnose(self, self.modules, rewards)
         mean, score = float(np.mean(returns)), self.data.score(float(np.mean(returns)))
         row = dict(phase=self.phase, step=step, updates=self.updates, return_mean=mean, score=score)
         row |= {"seconds": round(began - self.began, 1)} | found
@@ -973,7 +1077,7 @@ def report(run: Run, agent: Agent) -> None:
     lines |= {"learning curve": run.directory / "learning_curve.png", "all files": run.directory}
     if run.args.video:
         video = run.directory / "episode.gif"
-        lines["video"] = film(agent.actor, run.env_spec, video, run.device) or video
+        lines["video"] = film(agent.actor, run.make_env, video, run.device) or video
     print("\n" + "\n".join(f"{key:<36}  {value}" for key, value in lines.items()))
 
 
@@ -1086,15 +1190,21 @@ def open_run(args: Args, algorithm: str, online_algorithm: str) -> Run:
     data = select_episodes(data, args.best_episodes, args.data_fraction, args.seed)
     if args.batch_size > data.ends[-1]:
         fail(f"--batch-size {args.batch_size} is larger than the data: {data.ends[-1]} transitions")
-    if env_spec is None:  # a Minari dataset knows its own environment
-        import minari
+    wrappers = data.metadata.get("wrappers", [])
+    try:
+        if env_spec is None:  # a Minari dataset knows its own environment
+            import minari
 
-        folder = find_dataset(dataset_id, download=False)
-        try:
+            folder = find_dataset(dataset_id, download=False)
             env_spec = minari.MinariDataset(folder / "data").recover_environment(eval_env=True).spec
-        except Exception as error:  # an environment may come from any package
-            fail(f"the environment of {dataset_id} can't be made ({error}): install its package")
-    env = make_env(env_spec, **kwargs)
+        plain = gym.make(env_spec, **kwargs)
+        env, env_spec = make_env(plain.spec, wrappers), plain.spec
+    except Exception as error:  # an environment may come from any package
+        fail(f"the environment of {dataset_id} can't be made ({error}): install its package (kitchen, Adroit "
+             "and mazes: pip install gymnasium-robotics==1.4.2)")  # fmt: skip
+    package = str(env_spec.entry_point).split(":")[0].split(".")[0]  # importing it registers the environment
+    env_id = env_spec.id if package == "gymnasium" else f"{package}:{env_spec.id}"
+    flattening = "by name" if isinstance(plain.observation_space, gym.spaces.Dict) else "none"
     shapes = [data.columns[name].shape[1:] for name in ("observations", "actions")]
 
     directory, state, origin = Path(args.resume or run_name(args)), {}, {}
@@ -1118,8 +1228,9 @@ def open_run(args: Args, algorithm: str, online_algorithm: str) -> Run:
             fail(
                 f"{args.checkpoint} holds ACA's aligned critics, no run starts from them: take an offline.pt"
             )
-    spec = vars(args) | dict(algorithm=algorithm, online_algorithm=online_algorithm, env=env.spec.id,
-                             env_kwargs=dict(env.spec.kwargs), dataset_id=dataset_id, flattening="none",
+    spec = vars(args) | dict(algorithm=algorithm, online_algorithm=online_algorithm, env=env_id,
+                             env_kwargs=env_spec.kwargs | kwargs, wrappers=wrappers, dataset_id=dataset_id,
+                             flattening=flattening,
                              dataset_checksum=data.checksum, obs_dim=shapes[0][0], act_dim=shapes[1][0],
                              log_std_bounds=(LOG_STD_MIN, LOG_STD_MAX), action_bounds=(-1.0, 1.0),
                              reward_bias=data.reward(0.0), reward_scale=data.reward(1.0) - data.reward(0.0),
@@ -1128,7 +1239,7 @@ def open_run(args: Args, algorithm: str, online_algorithm: str) -> Run:
         if origin[name] != spec[name]:
             fail(f"{args.checkpoint} contradicts this run: its {name} is {origin[name]}, not {spec[name]}")
     if shapes != [env.observation_space.shape, env.action_space.shape]:
-        fail(f"observations and actions have shapes {shapes} in {dataset_id}, others in {env.spec.id}")
+        fail(f"observations and actions have shapes {shapes} in {dataset_id}, others in {env_id}")
     if not args.resume:
         config = dict(spec, args=vars(args), resolved_device=str(device), command=sys.argv)
         try:
@@ -1140,7 +1251,7 @@ def open_run(args: Args, algorithm: str, online_algorithm: str) -> Run:
     mean = data.returns().mean()
     print(f"{dataset_id}: {data.ends[-1]:,} transitions, {len(data.ends):,} episodes, mean return {mean:.1f}"
           f" (score {data.score(mean):.1f})\nrun directory: {directory}")  # fmt: skip
-    run = Run(args, directory, data, env.spec, spec, device, state)
+    run = Run(args, directory, data, env_spec, spec, device, state)
     run.origin = origin and origin | {name: spec[name] for name in ("target_critics", "target_entropy")}
     if origin and not state and origin["phase"] == "offline":  # its evaluations come first in metrics.csv
         run.rows, run.began = origin["rows"], run.began - origin["seconds"]
