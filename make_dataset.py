@@ -927,7 +927,7 @@ class PlainArray:
     def __setstate__(self, state):
         _, shape, plain, fortran, content = state
         if plain.dtype == object:
-            self.array = np.fromiter(content, object).reshape(shape, order="F" if fortran else "C")
+            self.array = np.fromiter(content, object).reshape(shape)  # a list, in C's order always
         else:
             self.array = plain_array(content, plain, shape, "F" if fortran else "C")
 
@@ -940,7 +940,7 @@ def plain_array(content: bytes, plain: PlainDtype, shape=(), order: str = "C") -
 def resolved(value):
     """The same containers with arrays in the place of their stand-ins."""
     if isinstance(value, PlainArray):
-        return resolved(list(value.array)) if value.array.dtype == object else value.array
+        return resolved(value.array.tolist()) if value.array.dtype == object else value.array
     if isinstance(value, dict):
         return {key: resolved(item) for key, item in value.items()}
     return [resolved(item) for item in value] if isinstance(value, (list, tuple)) else value
@@ -949,6 +949,7 @@ def resolved(value):
 PLAIN = {
     "numpy.dtype": PlainDtype, "numpy.ndarray": PlainArray, "numpy._core.multiarray._reconstruct": PlainArray,
     "numpy._core.numeric._frombuffer": plain_array, "_codecs.encode": str.encode, "builtins.set": set,
+    "builtins.bytes": lambda: b"",
     "numpy._core.multiarray.scalar": lambda plain, content: plain_array(content, plain),
     "collections.OrderedDict": dict,
 }  # fmt: skip
@@ -958,7 +959,7 @@ class PlainUnpickler(pickle.Unpickler):
     """Arrays, numbers, strings and plain containers; what else a pickle asks for is refused, unexecuted."""
 
     def find_class(self, module, name):
-        wanted = f"{module.replace('numpy.core', 'numpy._core')}.{name}"  # NumPy 1's name
+        wanted = f"{module}.{name}".replace("numpy.core", "numpy._core").replace("__builtin__", "builtins")
         if wanted not in PLAIN:
             raise ValueError(f"it asks for {wanted}, and only arrays and plain containers are taken")
         return PLAIN[wanted]

@@ -786,6 +786,37 @@ def test_plain_pickles_of_every_protocol_are_read(recorder, smac, tmp_path, prot
     assert smac.load_dataset("awac/pen/binary-v0").ends.tolist() == [3, 4]
 
 
+ARRAYS = {
+    "Fortran order": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+    "another byte order": np.arange(3, dtype=">i4"),
+    "booleans": np.array([True, False]),
+    "a scalar": np.float64(2.5),
+    "strings": np.array(["a", "bc"]),
+    "no rows": np.zeros((0, 3), np.float32),
+}
+
+
+@pytest.mark.parametrize("protocol", [2, 5])
+@pytest.mark.parametrize("kind", ARRAYS)
+def test_arrays_of_every_kind_are_read_as_they_are(recorder, tmp_path, kind, protocol):
+    path = tmp_path / "a.pkl"
+    path.write_bytes(pickle.dumps({"x": (ARRAYS[kind], {"y": [1, None, "text"]})}, protocol))
+    read, rest = recorder.unpickled(path)["x"]
+    np.testing.assert_array_equal(read, ARRAYS[kind], strict=True)
+    assert rest == {"y": [1, None, "text"]}
+
+
+def test_objects_of_two_dimensions_are_read_as_lists(recorder, tmp_path):
+    grid = np.array([[{}, "b", None], [3, 4.0, [5]]], dtype=object, order="F")
+    assert recorder.unpickled(save_objects(tmp_path / "a.npy", grid)) == grid.tolist()
+
+
+def test_an_array_with_fields_is_refused(recorder, tmp_path):
+    path = tmp_path / "a.npy"
+    path.write_bytes(pickle.dumps(np.zeros(2, [("a", "O"), ("b", "f8")])))
+    assert "plain numbers" in sentence(awac, recorder, path)
+
+
 def test_actions_are_clipped(recorder, smac, tmp_path, capsys):
     trajectory = trajectories("rollout")[0]
     trajectory["actions"][1] = 1.5
