@@ -4,8 +4,11 @@
     python benchmark.py speed --cleanrl FOLDER                   also CleanRL's own SAC update, from a clone
     python benchmark.py speed --device cuda --together 1 2 4 8   eager, CUDA graphs, runs that share a GPU
     python benchmark.py table results/speed                      the tables again, nothing measured
+    python benchmark.py run --scripts smac_offline_online.py calql_baseline.py --finetune own sac td3 td3bc \\
+        --env-ids hopper-medium-replay --seeds 11 12 13 --out results/NAME
     python benchmark.py run results/choices --seeds 1 2 3        what is missing of a study's plan.toml
     python benchmark.py report results/choices                   its tables, from the csvs
+    python benchmark.py report results/NAME --statistics         with intervals, over tasks, and curves
     python benchmark.py imitate results/choices --seeds 1 2 3    two policies without a critic beside them
 
 SPEED. Every measurement is a fresh process that runs a script's own main() on its own data and times its
@@ -17,11 +20,25 @@ same process. A step that did nothing else would take their sum; the share says 
 
 Writes OUT/speed.csv (one row per case, turn and phase, with hardware and versions), which `table` reads.
 
-STUDIES. OUT/plan.toml names the variants of each task with their flags. Every run leaves
-OUT/TASK/VARIANT__SEED.csv: the run's metrics.csv with flags, seed, device, code version and dataset
-checksum in every row. What is there is not run again, so a study can be stopped and gone on with. A failed
-run is reported with its last words. A variant's flags may begin with the script that it runs; `{seed}` in
-them stands for the run's seed, `{checkpoints}` for the folder that --checkpoints names.
+STUDIES. OUT/plan.toml names the variants of each task with their flags, which may begin with the script that
+runs; `{seed}` in them stands for the run's seed, `{checkpoints}` for the folder where every run leaves its
+offline.pt and final.pt, as TASK/VARIANT__SEED_offline.pt. A run that takes another one's checkpoint waits for
+it. `--scripts` writes the plan of a grid: the offline phase of each script once a task and seed, then each
+fine-tuner from its offline.pt.
+
+Every run leaves OUT/TASK/VARIANT__SEED.csv: its metrics.csv with flags, seed, device, code version, dataset
+checksum and its own checksum in every row. That is SHA-256 over task, seed, the flags as the plan has them,
+the script's code (without comments, docstrings and layout) and the same of the run whose checkpoint it takes
+(but for --online-steps if that is an offline.pt); data, device, threads and libraries are not in it. What
+has a csv with this checksum is not run again (an older csv, without one, counts if its flags are the plan's),
+what was cut goes on from its directory in OUT/runs, what failed is tried once more, then reported with its
+last words.
+
+STATISTICS. Means over seeds; over all runs of all tasks the interquartile mean and the probability that a run
+of one variant ends above one of another, as Agarwal et al. 2021 (arXiv 2108.13264) define them; in brackets
+95% intervals of 10,000 bootstrap samples of the seeds, drawn within each task. Over tasks a variant counts
+with the seeds that it has on every task. Updates per second are those of the whole phase, evaluations
+included. Writes OUT/statistics.md, OUT/statistics.csv and OUT/TASK_curves.png.
 
 IMITATION. What imitating the recording gives without any critic, on the same network sizes: behaviour cloning
 by maximum likelihood, and the score estimator itself sampled as a policy, given a high outcome (diffusion
@@ -31,6 +48,8 @@ RvS). Their csvs lie beside the study's.
 import ast
 import contextlib
 import csv
+import fcntl
+import hashlib
 import importlib.util
 import io
 import json
@@ -39,17 +58,21 @@ import os
 import platform
 import re
 import resource
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
+from itertools import product
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Annotated, Literal, Union
@@ -100,22 +123,44 @@ class Table:
 
 @dataclass
 class Study:
-    """Run what is missing of the study OUT/plan.toml: a csv for every task, variant and seed."""
+    """Run what is missing of a study: a csv for every task, variant and seed of its plan or grid."""
 
-    out: tyro.conf.Positional[str]
+    folder: tyro.conf.Positional[str] = ""
     """folder of the study, results/NAME"""
+    out: str = ""
+    """the same as a flag, for the end of the line"""
+    scripts: tuple[str, ...] = ()
+    """grid: offline scripts, each as `script flags` or `label=script flags`; OUT/plan.toml is written"""
+    finetune: tuple[str, ...] = ("sac",)
+    """who takes the grid's checkpoints online: sac, td3, td3bc, own (the script's own online phase) or
+    `label=script flags`"""
     seeds: tuple[int, ...] = (1, 2, 3)
     """1 to 3 to tune on, 11 and up to report"""
     env_ids: tuple[str, ...] = ()
-    """some of the plan's tasks; all if none is named"""
+    """the grid's tasks; some of a plan's, all if none is named"""
     variants: tuple[str, ...] = ()
     """some of the plan's variants"""
     workers: int = os.cpu_count() or 1
-    """runs at the same time, each with one thread"""
+    """runs at the same time on this machine"""
+    engine: Literal["local", "ray"] = "local"
+    """ray (pip install ray) also runs on a cluster whose machines share this folder"""
+    ray_address: str | None = None
+    """cluster to join, `auto` or HOST:PORT; if none is named, Ray on this machine alone"""
+    cpus_per_run: int = 1
+    """threads of a run, and the cores that Ray keeps for it"""
+    gpus_per_run: float = 0.0
+    """GPUs, or the share of one, that Ray keeps for a run"""
+    keep: bool = False
+    """count a csv of the same flags as complete, whatever code it is of"""
     script: str = "smac_offline_online.py"
-    """script of the shelf"""
+    """script of the variants whose flags name none"""
+    work: str | None = None
+    """folder of the run directories; OUT/runs if none is named"""
     checkpoints: str | None = None
-    """folder to keep the runs' offline.pt and final.pt in, as TASK/VARIANT__SEED_offline.pt"""
+    """folder to keep the runs' offline.pt and final.pt in; OUT/runs/checkpoints if none is named"""
+
+    def __post_init__(self):
+        self.out = self.out or self.folder
 
 
 @dataclass
@@ -148,6 +193,10 @@ class StudyReport:
     """only these"""
     brief: bool = False
     """without the flags and the diagnostics"""
+    statistics: bool = False
+    """intervals, aggregates over tasks and curves in the place of the tables"""
+    against: str | None = None
+    """variant whose final scores the others are compared with; the first with any if none is named"""
     script: str = "smac_offline_online.py"
     """script whose summary is taken"""
 
@@ -528,55 +577,211 @@ def tables(folder: str | Path) -> str:
 
 # === Studies ===============================================================================================
 
+FINETUNERS = {"sac": "sac_finetune.py", "td3": "td3_finetune.py",
+              "td3bc": "td3_finetune.py --bc-alpha 2.5"}  # fmt: skip
+ONLINE_STEPS = re.compile(r"\s*--online[-_]steps[ =]\S+")
+GRID = "# written by `python benchmark.py run --scripts`\n"
 
-def plan(args: Study) -> list[dict]:
-    """The runs of OUT/plan.toml, a table of {variant = flags} for each task, seed by seed."""
-    path = Path(args.out) / "plan.toml"
+
+def read_plan(folder: str | Path) -> dict[str, dict[str, str]]:
+    """OUT/plan.toml: {task: {variant: flags}}."""
+    path = Path(folder) / "plan.toml"
     try:
-        tasks = tomllib.loads(path.read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
+        return tomllib.loads(path.read_text())
+    except (OSError, ValueError) as error:
         raise SystemExit(f"error: {path} can't be read ({error}): a study begins with its plan") from error
-    chosen = {task: tasks[task] for task in args.env_ids or tasks if task in tasks}
-    file = lambda task, variant, seed: Path(args.out) / task / f"{variant}__{seed}.csv"
-    job = lambda *of: dict(zip(("task", "variant", "seed"), of), file=file(*of))
-    kept = str(Path(args.checkpoints).resolve()) if args.checkpoints else "{checkpoints}"
-    words = lambda flags, seed: flags.replace("{seed}", str(seed)).replace("{checkpoints}", kept)
-    return [job(task, variant, seed) | dict(flags=flags, words=words(flags, seed).split())
-            for seed in args.seeds for task, variants in chosen.items() for variant, flags in variants.items()
-            if not args.variants or variant in args.variants]  # fmt: skip
 
 
-def work(job: dict, script: str, checkpoints: str | None = None) -> str:
-    """One run in a folder of its own; its metrics.csv becomes job["file"], with its origin in every row.
+def grid(args: Study) -> dict[str, str]:
+    """Variants of `--scripts` x `--finetune`, as a plan has them, `{task}` for the task.
 
-    Its checkpoints are copied to `checkpoints`, without optimiser states: enough to act and to hand over.
-    Returns "" or the last lines of what a failed run printed.
+    LABEL is a script by itself, without its online phase unless `own` is asked for, LABEL+FINETUNER what goes
+    on from its offline.pt.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        words = job["words"]
-        script, words = (words[0], words[1:]) if words and words[0].endswith(".py") else (script, words)
-        module = load_script(ROOT / script) if checkpoints else None
-        words = ["--env-id", job["task"], "--seed", str(job["seed"]), *words]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-        how = dict(cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        done = subprocess.run([sys.executable, str(ROOT / script), *words], **how)
-        if done.returncode:
-            return done.stdout[-1500:]
-        (directory,) = (Path(folder) / "runs").iterdir()
-        config = json.loads((directory / "config.json").read_text())
-        with open(directory / "metrics.csv", newline="") as file:
-            rows = list(csv.DictReader(file))
-        for path in [*directory.glob("offline.pt"), *directory.glob("final.pt")] if checkpoints else ():
+
+    def labelled(entry: str, known: dict[str, str]) -> tuple[str, str]:
+        label, command = re.fullmatch(r"(?:([\w.-]+)=)?(.*)", known.get(entry, entry)).groups()
+        script = (command.split() or [""])[0]
+        if not script.endswith(".py") or not (ROOT / script).exists():
+            names = f"; a fine-tuner is one of own, {', '.join(known)} or such an entry" if known else ""
+            raise SystemExit(f"error: {entry!r} is no `script flags` or `label=script flags`{names}")
+        return label or (entry if entry in known else Path(script).stem.split("_")[0]), command
+
+    offline = [labelled(entry, {}) for entry in args.scripts]
+    online = [labelled(entry, FINETUNERS) for entry in args.finetune if entry != "own"]
+    for entries in (offline, online):
+        if len(dict(entries)) < len(entries):
+            names = ", ".join(label for label, _ in entries)
+            raise SystemExit(f"error: labels have to differ ({names}): write label=script flags")
+    rows = {}
+    for label, command in offline:
+        rows[label] = command
+        if "own" not in args.finetune:
+            rows[label] = ONLINE_STEPS.sub("", command) + " --online-steps 0"
+        start = f"--checkpoint {{checkpoints}}/{{task}}/{label}__{{seed}}_offline.pt"
+        rows |= {f"{label}+{name}": f"{how} {start}" for name, how in online}
+    return rows
+
+
+def write_grid(args: Study) -> tuple[str, ...]:
+    """Puts the grid's variants into OUT/plan.toml, beside those of earlier grids; returns their names."""
+    path, known = Path(args.out) / "plan.toml", load_script(ROOT / args.script).TASKS
+    rows = grid(args)
+    if not args.env_ids or set(args.env_ids) - known.keys():
+        raise SystemExit(f"error: --scripts needs --env-ids, tasks among {', '.join(known)}")
+    if path.exists() and not path.read_text().startswith(GRID):
+        raise SystemExit(f"error: {path} was written by hand: name another --out, or add the variants there")
+    tasks = read_plan(args.out) if path.exists() else {}
+    for task in args.env_ids:
+        tasks.setdefault(task, {}).update({v: f.replace("{task}", task) for v, f in rows.items()})
+    text, quoted = GRID, json.dumps  # a JSON string is a TOML string
+    for task, variants in tasks.items():
+        lines = [f"{quoted(variant)} = {quoted(flags)}\n" for variant, flags in variants.items()]
+        text += f"\n[{quoted(task)}]\n{''.join(lines)}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".part").write_text(text)
+    path.with_suffix(".part").replace(path)
+    return tuple(rows)
+
+
+@lru_cache
+def code_of(script: Path) -> str:
+    """A script's code without comments, docstrings and layout."""
+    try:
+        tree = ast.parse(script.read_text())
+    except (OSError, ValueError, SyntaxError) as error:
+        raise SystemExit(f"error: the script {script} can't be read ({error})") from error
+    said = lambda node: isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    for node in ast.walk(tree):
+        if isinstance(getattr(node, "body", None), list):
+            node.body = [statement for statement in node.body if not said(statement)]
+    return ast.unparse(tree)
+
+
+def checksum(job: dict, jobs: dict[str, dict], online: bool = True) -> str:
+    """Checksum of a run's settings and code, see the top; online=False: of its offline phase."""
+    flags = job["flags"] if online else ONLINE_STEPS.sub("", job["flags"])
+    parts = [job["task"], str(job["seed"]), job["script"], " ".join(flags.split())]
+    parts += [code_of(ROOT / job["script"])]
+    parts += [checksum(jobs[name], jobs, kept == "final") for name, kept in job["needs"].items()]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def plan(args: Study) -> dict[str, dict]:
+    """All runs of OUT/plan.toml by name, TASK/VARIANT__SEED, seed by seed.
+
+    job["needs"] are the runs whose checkpoints a run takes: {name: "offline" or "final"}.
+    """
+    tasks, out, code, jobs = read_plan(args.out), Path(args.out).resolve(), scripts_version(), {}
+    runs = Path(args.work).resolve() if args.work else out / "runs"
+    kept = Path(args.checkpoints).resolve() if args.checkpoints else runs / "checkpoints"
+    rows = [(task, *item) for task, variants in tasks.items() for item in variants.items()]
+    for seed, (task, variant, flags) in product(args.seeds, rows):
+        filled = lambda word, seed=seed: word.replace("{seed}", str(seed)).replace("{checkpoints}", str(kept))
+        words = [filled(word) for word in flags.split()]
+        script = words.pop(0) if words and words[0].endswith(".py") else args.script
+        name = f"{task}/{variant}__{seed}"
+        jobs[name] = dict(name=name, task=task, variant=variant, seed=seed, flags=flags, script=script,
+                          words=words, file=out / f"{name}.csv", kept=kept / name, code=code,
+                          threads=args.cpus_per_run)  # fmt: skip
+    left = {f"{job['kept']}_{which}.pt": (name, which)
+            for name, job in jobs.items() for which in ("offline", "final")}  # fmt: skip
+    for job in jobs.values():
+        job["needs"] = dict(left[word] for word in job["words"] if word in left)
+    for name, job in jobs.items():
+        try:
+            job["checksum"] = checksum(job, jobs)
+        except RecursionError as error:
+            raise SystemExit(f"error: in {out}/plan.toml {name} waits for its own checkpoint") from error
+        job["folder"] = runs / f"{name}__{job['checksum'][:8]}"
+    return jobs
+
+
+def complete(job: dict, keep: bool = False) -> bool:
+    """Whether its csv is there, of the same settings and code; of the same flags if it has no checksum."""
+    try:
+        with open(job["file"], newline="") as file:
+            row = next(csv.DictReader(file))
+    except (OSError, StopIteration):
+        return False
+    own = "flags" if keep or "checksum" not in row else "checksum"
+    return row.get(own) == job[own]
+
+
+def missing(args: Study, jobs: dict[str, dict]) -> list[dict]:
+    """The jobs that are asked for and not complete, and those whose checkpoints they lack."""
+    names = set()
+
+    def add(job: dict) -> None:
+        names.add(job["name"])
+        for need, which in job["needs"].items():
+            there = Path(f"{jobs[need]['kept']}_{which}.pt").exists() and complete(jobs[need], args.keep)
+            if not there and need not in names:
+                add(jobs[need])
+
+    for job in jobs.values():
+        asked = job["task"] in (args.env_ids or (job["task"],))
+        if asked and job["variant"] in (args.variants or (job["variant"],)) and not complete(job, args.keep):
+            add(job)
+    return [job for name, job in jobs.items() if name in names]
+
+
+def work(job: dict, stop: threading.Event | None = None) -> tuple[str, float]:
+    """One run in a folder of its own, from where it was cut.
+
+    Returns "" or the last lines of what a failed run printed, and the seconds it took. Once `stop` is set, or
+    Ray cancels it, the run writes its last.pt and ends.
+    """
+    folder, began, stop = job["folder"], time.monotonic(), stop or threading.Event()
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock, open(folder / "log.txt", "a+") as log:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return f"{folder} is in use by another process: wait for it or stop it first", 0.0
+        words = ["--env-id", job["task"], "--seed", str(job["seed"]), *job["words"]]
+        if checkpoints := [*folder.glob("runs/*/[!.]*.pt")]:
+            words = ["--resume", str(checkpoints[0].parent)]
+        else:
+            shutil.rmtree(folder / "runs", ignore_errors=True)  # cut before its first checkpoint
+        threads = {"OMP_NUM_THREADS": str(job["threads"]), "TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
+        how = dict(cwd=folder, env=os.environ | threads, stdout=log, stderr=subprocess.STDOUT)
+        # a session of its own: Ctrl-C reaches it from here, once; it holds the lock even if this process dies
+        how |= dict(start_new_session=True, pass_fds=[lock.fileno()])
+        process = subprocess.Popen([sys.executable, str(ROOT / job["script"]), *words], **how)
+        try:
+            while process.poll() is None and not stop.wait(0.1):
+                pass
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+        if process.returncode:
+            log.seek(0)
+            words = log.read()[-1500:] or f"it printed nothing; exit status {process.returncode}"
+            return words, time.monotonic() - began
+        collect(job)
+    return "", time.monotonic() - began
+
+
+def collect(job: dict) -> None:
+    """A run's metrics.csv becomes job["file"], with its origin in every row; its checkpoints are kept without
+    optimiser states, enough to act and to hand over."""
+    (directory,) = (job["folder"] / "runs").iterdir()
+    config = json.loads((directory / "config.json").read_text())
+    with open(directory / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for which in ("offline", "final"):
+        if (path := directory / f"{which}.pt").exists():
+            module = load_script(ROOT / job["script"])
+            job["kept"].parent.mkdir(parents=True, exist_ok=True)
             state = module.sealed(module.load_checkpoint(path) | {"optimizers": []})
-            kept = Path(checkpoints) / job["task"] / f"{job['variant']}__{job['seed']}_{path.name}"
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(state, kept)
-    origin = {key: job[key] for key in ("variant", "flags", "seed", "code")}
+            torch.save(state, f"{job['kept']}_{which}.pt")
+    origin = {key: job[key] for key in ("variant", "flags", "seed", "code", "checksum")}
     origin |= dict(device=config["resolved_device"], dataset=config["dataset_checksum"][:16],
                    eval_every=config["args"]["eval_every"])  # fmt: skip
     short = lambda x: f"{float(x):.6g}" if "." in x else x
     write_csv(job["file"], [origin | {name: short(value) for name, value in row.items()} for row in rows])
-    return ""
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
@@ -596,25 +801,157 @@ def scripts_version() -> str:
     return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
+@contextlib.contextmanager
+def local_engine(args: Study) -> Iterator[Callable[[dict], Future]]:
+    """Submits jobs to processes of this machine, `workers` at a time; at the end stops what is running."""
+    stop, pool = threading.Event(), ThreadPoolExecutor(args.workers)
+    try:
+        yield lambda job: pool.submit(work, job, stop)
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def ray_engine(args: Study) -> Iterator[Callable[[dict], Future]]:
+    """The same with Ray: on this machine, or on a cluster whose machines see the same folders."""
+    try:
+        import ray
+
+        here = dict(num_cpus=args.workers * args.cpus_per_run, include_dashboard=False)
+        where = dict(address=args.ray_address) if args.ray_address else here
+        ray.init(**where, log_to_driver=False, logging_level="warning")
+    except ImportError as error:
+        raise SystemExit("error: --engine ray needs Ray, which is optional: pip install ray") from error
+    except Exception as error:  # Ray raises many kinds
+        raise SystemExit(f"error: Ray does not start ({error}): check --ray-address") from error
+    run, begun = ray.remote(num_cpus=args.cpus_per_run, num_gpus=args.gpus_per_run, max_retries=0)(work), []
+
+    def submit(job: dict) -> Future:
+        begun.append(run.remote(job))
+        return begun[-1].future()
+
+    try:
+        yield submit
+    finally:
+        for reference in begun:  # KeyboardInterrupt where it runs, nothing where it has ended
+            ray.cancel(reference)
+        if begun:
+            ray.wait(begun, num_returns=len(begun), timeout=60)
+        ray.shutdown()
+
+
+def progress(job: dict, now: float) -> str:
+    """Phase, steps, score and time left of a run under way, from its log and its settings."""
+    try:
+        log = (job["folder"] / "log.txt").read_text()
+        config = json.loads(next(job["folder"].glob("runs/*/config.json")).read_text())["args"]
+        phase, step, score = re.findall(r"^(\w+) +step +([\d,]+) .*?(?:score +(\S+))?$", log, re.M)[-1]
+    except (OSError, StopIteration, IndexError, ValueError):
+        return "starting"
+    step, phases = int(step.replace(",", "")), ("score", "offline", "alignment", "online")
+    totals = {name: config.get(f"{name}_steps", 0) for name in phases[phases.index(phase) :]}
+    seen = job.setdefault("seen", {}).setdefault(phase, [])  # (time, step) as they appeared
+    if not seen or seen[-1][1] != step:
+        seen.append((now, step))
+    text = f"{phase} {step:,}/{totals[phase]:,}" + f"  score {score}" * bool(score)
+    if len(seen) > 1:  # later phases at the pace of this one
+        seconds = (seen[-1][0] - seen[0][0]) / (step - seen[0][1]) * (sum(totals.values()) - step)
+        text += f"  {max(0, seconds - (now - seen[-1][0])) / 60:.1f} minutes left"
+    return text
+
+
+class View:
+    """A line for each run under way: redrawn every second on a terminal, elsewhere printed once a minute."""
+
+    def __init__(self):
+        self.terminal, self.lines, self.printed = sys.stdout.isatty(), 0, time.monotonic()
+
+    def say(self, text: str) -> None:
+        """A line that stays, above those."""
+        print(f"\x1b[{self.lines}F\x1b[J" * (self.lines > 0) + text, flush=True)
+        self.lines = 0
+
+    def draw(self, jobs: list[dict]) -> None:
+        """Every run that has begun."""
+        now, width = time.monotonic(), shutil.get_terminal_size().columns - 1 if self.terminal else None
+        begun = [job for job in jobs if (job["folder"] / "log.txt").exists()]
+        longest = max((len(job["name"]) for job in begun), default=0)
+        lines = [f"  {job['name']:<{longest}}  {progress(job, now)}"[:width] for job in begun]
+        if lines and (self.terminal or now - self.printed > 60):
+            self.say("\n".join(lines))
+            self.lines, self.printed = len(lines) * self.terminal, now
+
+
+def run_jobs(args: Study, todo: list[dict]) -> dict[str, str]:
+    """Runs the jobs, each behind those it needs, a failed one once more; what failed for good, with words."""
+    waiting, running, failed, tries = {job["name"]: job for job in todo}, {}, {}, Counter()
+    began, took, view = time.monotonic(), [], View()
+
+    def begin(submit: Callable[[dict], Future]) -> None:
+        for name, job in list(waiting.items()):
+            if broken := [need for need in job["needs"] if need in failed]:
+                failed[name] = f"not begun: it takes the checkpoint of {broken[0]}, which failed"
+            elif job["needs"].keys() & {*waiting, *(other["name"] for other in running.values())}:
+                continue
+            else:
+                if not tries[name]:
+                    (job["folder"] / "log.txt").unlink(missing_ok=True)
+                running[submit(job)] = job
+            del waiting[name]
+
+    def settle(future: Future) -> None:
+        job = running.pop(future)
+        try:
+            error, seconds = future.result()
+        except (Exception, SystemExit) as raised:  # a full disk, a machine that Ray lost
+            error, seconds = f"{type(raised).__name__}: {raised}", 0.0
+        name = job["name"]
+        took.append(seconds)
+        tries[name] += 1
+        if error and tries[name] == 1:
+            waiting[name] = job
+            return view.say(f"{name}.csv: failed, is tried once more")
+        failed.update({name: f"{error}\n(log: {job['folder']}/log.txt)"} if error else {})
+        number = len(todo) - len(waiting) - len(running)
+        left = (time.monotonic() - began) / number * (len(todo) - number) / 60
+        what = "FAILED" if error else f"done in {seconds / 60:.1f} minutes"
+        view.say(f"{number}/{len(todo)} {name}.csv: {what}; {left:.0f} minutes left")
+
+    with {"local": local_engine, "ray": ray_engine}[args.engine](args) as submit:
+        try:
+            while waiting or running:
+                begin(submit)
+                view.draw(list(running.values()))
+                for future in wait(running, timeout=1, return_when=FIRST_COMPLETED).done:
+                    settle(future)
+        except KeyboardInterrupt:
+            view.say("stopping: the runs write their checkpoints")
+            raise
+    wall = (time.monotonic() - began) / 60
+    print(f"wall time {wall:.1f} minutes; the runs' own times add up to {sum(took) / 60:.1f} minutes")
+    return failed
+
+
 def run_study(args: Study) -> None:
-    """Runs what is missing of a study, a few at a time; a failed run is tried once more, then reported."""
-    jobs = [job | dict(code=scripts_version()) for job in plan(args)]
-    todo = [job for job in jobs if not job["file"].exists()]
-    print(f"{len(jobs)} runs, {len(jobs) - len(todo)} of them there already; {args.workers} at a time")
-    began, failed, how = time.monotonic(), {}, (args.script, args.checkpoints)
-    with ThreadPoolExecutor(args.workers) as pool:
-        futures = {pool.submit(lambda job: work(job, *how) and work(job, *how), job): job for job in todo}
-        for number, future in enumerate(as_completed(futures), 1):
-            name, error = str(futures[future]["file"]), future.result()
-            left = (time.monotonic() - began) / number * (len(todo) - number) / 60
-            print(
-                f"{number}/{len(todo)} {name}: {'FAILED' if error else 'done'}; {left:.0f} minutes left",
-                flush=True,
-            )
-            failed |= {name: error} if error else {}
+    """Runs what is missing of a study; then its report and, if any, its failures."""
+    if not args.out or args.folder not in ("", args.out):
+        raise SystemExit("error: name one folder: run results/NAME, or run ... --out results/NAME")
+    grid_variants = write_grid(args) if args.scripts else ()
+    args.variants = args.variants or grid_variants
+    jobs = plan(args)
+    todo = missing(args, jobs)
+    other = sum(job["file"].exists() and not complete(job, args.keep) for job in todo)
+    print(f"{len(todo)} of the plan's {len(jobs)} runs are to do"
+          + f", {other} of them since their flags or code changed" * (other > 0))  # fmt: skip
+    try:
+        failed = run_jobs(args, todo) if todo else {}
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on")
+        raise SystemExit(130) from None
+    study_report(StudyReport(args.out, script=args.script, statistics=bool(args.scripts)))
     for name, error in failed.items():
-        print(f"\nFAILED twice: {name}\n{error}")
-    study_report(StudyReport(args.out, script=args.script))
+        print(f"\nFAILED: {name}\n{error}")
     if failed:
         raise SystemExit(f"error: {len(failed)} runs failed; see above, then run the same command again")
 
@@ -712,6 +1049,7 @@ def summaries(folder: Path, script: str) -> dict[tuple[str, str], list[dict]]:
         if online:
             result |= module.summarize(rows, data[key], rows[0]["eval_every"])
         last = [row for row in rows if row["phase"] == "offline"][-1]
+        result |= {f"{phase}_rate": rate(rows, phase) for phase in ("offline", "online")}
         shown = ("cosine_dataset", "cosine_policy", "q_policy", "alpha", "alpha_psi")
         result |= {name: last[name] for name in shown if name in last}
         found.setdefault((task, rows[0]["variant"]), []).append(
@@ -751,24 +1089,29 @@ def lowest(result: dict) -> float:
     return result["offline"] - result["drop"] if "drop" in result else math.nan
 
 
+def chosen_runs(args: StudyReport) -> dict[str, dict[str, list[dict]]]:
+    """{task: {variant: results}} of a study's csvs, variants in the plan's order."""
+    tasks, found, chosen = read_plan(args.out), summaries(Path(args.out), args.script), {}
+    for task in sorted({task for task, _ in found}):
+        order = list(tasks.get(task, {}))
+        named = [v for t, v in found if t == task and (not args.variants or v in args.variants)]
+        for variant in sorted(named, key=lambda v, order=order: [*order, v].index(v)):
+            if runs := [r for r in found[task, variant] if not args.seeds or r["seed"] in args.seeds]:
+                chosen.setdefault(task, {})[variant] = runs
+    return chosen
+
+
 def study_report(args: StudyReport) -> str:
     """A Markdown table a task from a study's csvs, means and standard errors over seeds; also printed.
 
     Beside the csvs it draws OUT/TASK.png, or OUT/TASK_brief.png.
     """
-    folder, text = Path(args.out), ""
-    found = summaries(folder, args.script)
-    wanted, named = set(args.seeds), set(args.variants)
-    ending = "_brief" if args.brief else ""
-    for task in sorted({task for task, _ in found}):
-        rows, shown = [], {}
-        order = list(tomllib.loads((folder / "plan.toml").read_text()).get(task, {}))
-        planned = lambda variant, order=order: [*order, variant].index(variant)
-        chosen = [v for t, v in found if t == task and (not named or v in named)]
-        for variant in sorted(chosen, key=planned):
-            runs = [r for r in found[task, variant] if not wanted or r["seed"] in wanted]
-            if not runs:
-                continue
+    text, ending = "", "_brief" if args.brief else ""
+    if args.statistics:
+        return study_statistics(args)
+    for task, variants in chosen_runs(args).items():
+        rows = []
+        for variant, runs in variants.items():
 
             def cell(name, digits=1, runs=runs):
                 values = [float(r.get(name, math.nan)) for r in runs]
@@ -781,8 +1124,7 @@ def study_report(args: StudyReport) -> str:
 
             flags = runs[0]["rows"][0]["flags"]
             smooth = sum(r.get("smooth", False) for r in runs)
-            row = {"variant": variant, "flags": flags and f"`{flags}`",
-                   "seeds": " ".join(str(r["seed"]) for r in sorted(runs, key=lambda r: r["seed"])),
+            row = {"variant": variant, "flags": flags and f"`{flags}`", "seeds": seeds_of(runs),
                    "offline score": cell("offline"), "drop": cell("drop"), "final score": cell("final"),
                    "regret": cell("regret", 3),
                    "smooth": f"{smooth} of {len(runs)}" if "drop" in runs[0] else ""}  # fmt: skip
@@ -793,12 +1135,168 @@ def study_report(args: StudyReport) -> str:
                         "Q": cell("q_policy"), "alpha": cell("alpha", 3),
                         "alpha_psi": cell("alpha_psi", 3)}  # fmt: skip
             rows.append(row)
-            shown[variant] = runs
-        if rows:
-            text += f"### {task}\n\n{markdown(rows)}\n"
-            picture(folder / f"{task}{ending}.png", shown)
+        text += f"### {task}\n\n{markdown(rows)}\n"
+        picture(Path(args.out) / f"{task}{ending}.png", variants)
     print(text)
     return text
+
+
+# === Statistics ============================================================================================
+
+# measure: (its name in tables, digits)
+MEASURES = {"offline": ("offline score", 1), "drop": ("handover drop", 1), "final": ("final score", 1),
+            "regret": ("regret", 3), "offline_rate": ("offline updates/s", 0),
+            "online_rate": ("online updates/s", 0)}  # fmt: skip
+
+
+def resampled(strata: list[np.ndarray], seed: int = 0, draws: int = 10_000) -> list[np.ndarray]:
+    """Bootstrap samples (draws, n) of each stratum's runs (n,), drawn with replacement."""
+    rng = np.random.default_rng(seed)
+    return [x[rng.integers(len(x), size=(draws, len(x)))] for x in strata]
+
+
+def mean(strata: list[np.ndarray]) -> np.ndarray:
+    """Mean of all runs of all strata (..., n)."""
+    return np.concatenate(strata, axis=-1).mean(axis=-1)
+
+
+def interquartile_mean(strata: list[np.ndarray]) -> np.ndarray:
+    """Mean of the middle half of all runs of all strata (..., n): floor(n / 4) go at each end."""
+    x = np.sort(np.concatenate(strata, axis=-1), axis=-1)
+    cut = x.shape[-1] // 4
+    return x[..., cut : x.shape[-1] - cut].mean(axis=-1)
+
+
+def improvement(ours: list[np.ndarray], theirs: list[np.ndarray]) -> np.ndarray:
+    """P(X > Y): mean over strata (tasks) of the share of pairs of runs with x > y, ties one half."""
+    pairs = [(x[..., :, None], y[..., None, :]) for x, y in zip(ours, theirs, strict=True)]
+    return np.mean([((x > y) + 0.5 * (x == y)).mean(axis=(-2, -1)) for x, y in pairs], axis=0)
+
+
+def estimate(statistic: Callable, *groups: list[np.ndarray]) -> tuple[float, float, float]:
+    """The statistic and its 95% percentile interval, each group of runs resampled on its own by stratum.
+
+    A single run a stratum has no interval: NaN.
+    """
+    samples = statistic(*(resampled(strata, seed) for seed, strata in enumerate(groups)))
+    low, high = np.percentile(samples, [2.5, 97.5])
+    if max(len(x) for strata in groups for x in strata) == 1:
+        low = high = math.nan
+    return float(statistic(*groups)), float(low), float(high)
+
+
+def rate(rows: list[dict], phase: str) -> float:
+    """Updates per second of a phase, evaluations included; NaN if the run has none."""
+    rows = [row for row in rows if row["phase"] == phase and isinstance(row.get("seconds"), float)]
+    seconds = rows[-1]["seconds"] - rows[0]["seconds"] if rows else 0
+    return (rows[-1]["updates"] - rows[0]["updates"]) / seconds if seconds > 0 else math.nan
+
+
+def seeds_of(runs: list[dict]) -> str:
+    """The seeds of these runs, in order."""
+    return " ".join(str(r["seed"]) for r in sorted(runs, key=lambda r: r["seed"]))
+
+
+def study_statistics(args: StudyReport) -> str:
+    """Tables with bootstrap intervals for every task and over tasks, see the top; also printed."""
+    folder, chosen, text, found = Path(args.out), chosen_runs(args), "", []
+
+    def column(runs: list[dict], measure: str) -> list[np.ndarray]:
+        """The runs as a stratum [(n,)]; [] where one of them has no such value."""
+        values = np.array([float(r.get(measure, math.nan)) for r in runs])
+        return [values] if np.isfinite(values).all() else []
+
+    def cell(task: str, variant: str, measure: str, name: str, statistic, *groups, digits=None) -> str:
+        if not all(groups):
+            return ""
+        (value, low, high), digits = estimate(statistic, *groups), digits or MEASURES[measure][1]
+        found.append(dict(task=task, variant=variant, measure=measure, statistic=name, value=f"{value:.6g}",
+                          low=f"{low:.6g}", high=f"{high:.6g}", runs=sum(map(len, groups[0]))))  # fmt: skip
+        interval = "" if math.isnan(low) else f" [{low:.{digits}f}, {high:.{digits}f}]"
+        return f"{value:.{digits}f}{interval}"
+
+    for task, variants in chosen.items():
+        rows = []
+        for variant, runs in variants.items():
+            row = {"variant": variant, "seeds": seeds_of(runs)}
+            rows.append(row | {title: cell(task, variant, m, "mean", mean, column(runs, m))
+                               for m, (title, _) in MEASURES.items()})  # fmt: skip
+        text += f"### {task}\n\n{markdown(rows)}\n"
+        curves(folder / f"{task}_curves.png", task, variants)
+
+    # over tasks: the variants that every task has, with the seeds that they have on every task
+    shared = {}  # variant: its runs on each task
+    for v in dict.fromkeys(v for variants in chosen.values() for v in variants):
+        seeds = [{r["seed"] for r in variants.get(v, ())} for variants in chosen.values()]
+        if common := set.intersection(*seeds):
+            shared[v] = [[r for r in variants[v] if r["seed"] in common] for variants in chosen.values()]
+
+    def strata(v: str, measure: str) -> list[np.ndarray]:
+        columns = [column(runs, measure) for runs in shared[v]]
+        return [x for part in columns for x in part] if all(columns) else []
+
+    online, rows = [v for v in shared if strata(v, "final")], []
+    against = args.against or next(iter(online), "")
+    if args.against and args.against not in online:
+        names = ", ".join(online) or "there is none"
+        raise SystemExit(f"error: --against takes a variant with final scores on every task: {names}")
+    for v, runs in shared.items():
+        row = {"variant": v, "tasks": str(len(runs)), "seeds": seeds_of(runs[0])}
+        row |= {f"{MEASURES[m][0]}, IQM": cell("all", v, m, "IQM", interquartile_mean, strata(v, m))
+                for m in ("offline", "drop", "final", "regret")}  # fmt: skip
+        pair = [strata(x, "final") if v in online and v != against else [] for x in (v, against)]
+        name, better = f"P(final score above {against}'s)", f"P(above {against})"
+        rows.append(row | {name: cell("all", v, "final", better, improvement, *pair, digits=2)})
+    if rows:
+        text += f"### All tasks\n\n{markdown(rows)}\n"
+    (folder / "statistics.md").write_text(text)
+    if found:
+        write_csv(folder / "statistics.csv", found)
+    print(text)
+    return text
+
+
+def curves(path: Path, task: str, variants: dict[str, list[dict]]) -> None:
+    """Score against offline updates and online steps, the handover at 0: means and 95% intervals over seeds.
+
+    A panel for each fine-tuner, the part of a variant's name behind its +, a line for each offline algorithm.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    begun = {variant.rsplit("+", 1)[0] for variant in variants if "+" in variant}
+    split = {}  # variant: (offline algorithm, fine-tuner)
+    for variant, runs in variants.items():
+        label, _, tuner = variant.rpartition("+")
+        if label or variant not in begun or any("final" in r for r in runs):  # not what others go on from
+            split[variant] = (label, tuner) if label else (variant, "own online phase" if begun else "")
+    labels, panels = ([*dict.fromkeys(names)] for names in zip(*split.values()))
+    figure, axes = plt.subplots(1, len(panels), figsize=(2 + 4.5 * len(panels), 4.5), sharey=True,
+                                squeeze=False, layout="constrained")  # fmt: skip
+    for variant, (label, panel) in split.items():
+        runs, axis, color = variants[variant], axes[0, panels.index(panel)], f"C{labels.index(label) % 10}"
+        for phase in ("offline", "online"):
+            scores = [{r["step"]: r["score"] for r in run["rows"] if r["phase"] == phase} for run in runs]
+            if not (steps := sorted(set.intersection(*map(set, scores)))):
+                continue
+            x = np.array(steps) - (steps[-1] if phase == "offline" else 0)
+            points = [estimate(mean, [np.array([s[step] for s in scores])]) for step in steps]
+            middle, low, high = np.array(points).T
+            axis.plot(x, middle, color=color, lw=1.5)
+            axis.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
+    for panel, axis in zip(panels, axes[0]):
+        axis.axvline(0, color="black", ls="--", lw=1)
+        axis.set_title(panel)
+        axis.set_xlabel("offline updates | online steps")
+    axes[0, 0].set_ylabel("normalised score")
+    handles = [plt.Line2D([], [], color=f"C{i % 10}", label=label) for i, label in enumerate(labels)]
+    handles += [plt.Line2D([], [], color="black", ls="--", lw=1, label="handover")]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), fontsize=8)
+    figure.suptitle(f"{task}: mean and 95% interval over seeds")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
 
 
 def main() -> None:
@@ -811,6 +1309,7 @@ def main() -> None:
     elif isinstance(args, Table):
         tables(args.out)
     elif isinstance(args, Study):
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
         run_study(args)
     elif isinstance(args, StudyReport):
         study_report(args)

@@ -271,7 +271,7 @@ def test_the_run_s_seed_and_checkpoints(benchmark, smac, tmp_path):
     lines = ["[pendulum-medium-replay]", f'short = "{short}"', f'then = "{then}"']
     (tmp_path / "plan.toml").write_text("\n".join(lines))
     study = benchmark.Study(str(tmp_path), seeds=(7,), workers=1, checkpoints=str(tmp_path / "kept"))
-    job, _ = benchmark.plan(study)
+    job, _ = benchmark.plan(study).values()
     assert job["words"] == short.split() and job["file"].name == "short__7.csv"
     benchmark.run_study(study)
     with open(tmp_path / "pendulum-medium-replay" / "then__7.csv", newline="") as file:
