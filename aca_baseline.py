@@ -30,6 +30,8 @@ After any other algorithm of the shelf: its policy becomes pi_0, Z is fitted to 
 both scripts have (--offline-fraction, --online-optimizer, ...) are the checkpoint's unless a flag is given
     python aca_baseline.py --checkpoint runs/NAME/offline.pt --offline-fraction 0 --online-optimizer adam
     python aca_baseline.py --checkpoint runs/NAME/offline.pt --alignment-steps 0
+log pi_0 weighs what the rewards weigh: its weight in the aligned Q, and where that stops falling
+    python aca_baseline.py --alignment-weight 30 --alignment-floor 15
 Paper scale and values, by the kind of data: random, medium, medium-expert and expert
     python aca_baseline.py --env-id hopper-medium-replay --hidden-sizes 256 256 --batch-size 256 \
         --offline-steps 500000 --online-steps 100000 --offline-optimizer adam --eval-every 5000
@@ -209,7 +211,7 @@ TASK_DEFAULTS = {
         handover_eval_every=200),
     "pendulum-medium-replay": dict(
         hidden_sizes=(64, 64), batch_size=128, offline_steps=8_000, online_steps=4_000, actor_scale=300.0,
-        top_episodes=2, eval_every=500, handover_eval_every=200),
+        alignment_weight=30.0, alignment_floor=15.0, top_episodes=2, eval_every=500, handover_eval_every=200),
     # official configs, by the kind of data
     **{f"d4rl-{robot}-{level}": paper | dict(offline_optimizer="adam", offline_steps=500_000,
                                              online_steps=100_000)
@@ -218,7 +220,8 @@ TASK_DEFAULTS = {
                             ("medium-expert", dict(alignment_beta=15.0, alignment_floor=1.0)))},
 }  # fmt: skip
 # Pendulum: every reward is a cost, so that |Q| is large wherever the policy stands, and with lam E|Q| = 30
-# the policy stays close to uniform. Its recording has 76 episodes, D4RL's have 2,000.
+# the policy stays close to uniform. Its recording has 76 episodes, D4RL's have 2,000. log pi_0 is a number of
+# order 1, errors of R are of the order of the rewards: at weight 1 the policy collapses, see results/aca.
 
 
 def fail(message: str):
@@ -1685,6 +1688,7 @@ def open_run(args: Args, algorithm: str, online_algorithm: str) -> Run:
             )
     spec = vars(args) | dict(algorithm=algorithm, online_algorithm=online_algorithm, env=env_id,
                              env_kwargs=env_spec.kwargs | kwargs, wrappers=wrappers, dataset_id=dataset_id,
+                             counts=data.metadata.get("return", "sum of rewards"),
                              flattening=flattening,
                              dataset_checksum=data.checksum, obs_dim=shapes[0][0], act_dim=shapes[1][0],
                              log_std_bounds=(LOG_STD_MIN, LOG_STD_MAX), action_bounds=(-1.0, 1.0),

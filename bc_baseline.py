@@ -1230,6 +1230,7 @@ def open_run(args: Args, algorithm: str, online_algorithm: str) -> Run:
             )
     spec = vars(args) | dict(algorithm=algorithm, online_algorithm=online_algorithm, env=env_id,
                              env_kwargs=env_spec.kwargs | kwargs, wrappers=wrappers, dataset_id=dataset_id,
+                             counts=data.metadata.get("return", "sum of rewards"),
                              flattening=flattening,
                              dataset_checksum=data.checksum, obs_dim=shapes[0][0], act_dim=shapes[1][0],
                              log_std_bounds=(LOG_STD_MIN, LOG_STD_MAX), action_bounds=(-1.0, 1.0),

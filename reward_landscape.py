@@ -45,7 +45,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
@@ -144,9 +144,65 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def make_env(spec: str | gym.envs.registration.EnvSpec, **kwargs) -> gym.Env:
-    """The environment, with actions in [-1, 1]."""
+def flattened(space: gym.Space, observations) -> np.ndarray:
+    """Observations (..., O); the parts of a Dict side by side, in the order of their names."""
+    if isinstance(space, gym.spaces.Dict):
+        parts = [flattened(space[key], observations[key]) for key in sorted(space)]
+        return np.concatenate(parts, axis=-1)
+    if not isinstance(space, gym.spaces.Box) or space.dtype.kind != "f" or len(space.shape) != 1:
+        raise ValueError(f"its observations are {space}; the scripts read flat float Box, or Dict of these")
+    return observations
+
+
+class HealthyRewardAtFall(gym.Wrapper):
+    """Hopper and Walker2d as in Gym's v2 to v4: the healthy reward of 1 is paid on the falling step, too."""
+
+    def step(self, action):
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        return observation, reward + float(terminated), terminated, truncated, info
+
+
+class BinaryReward(gym.Wrapper):
+    """Adroit as in AWAC and Cal-QL: -1 a step, 0 on the step that succeeds, which ends the episode."""
+
+    def step(self, action):
+        observation, _, terminated, truncated, info = self.env.step(action)
+        success = bool(info["success"])
+        return observation, success - 1.0, terminated or success, truncated, info
+
+
+class LatchedKitchen(gym.Wrapper):
+    """D4RL's kitchen: joints and objects (30,) without velocities; reward: tasks done so far (latched)."""
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (30,), np.float32)
+
+    def view(self, observation: dict) -> np.ndarray:
+        full = observation["observation"]  # 9 joints, their velocities, 21 object coordinates, theirs
+        return np.r_[full[:9], full[18:39]].astype(np.float32)
+
+    def reset(self, **kwargs):
+        observation, info = self.env.reset(**kwargs)
+        return self.view(observation), info
+
+    def step(self, action):
+        observation, _, terminated, truncated, info = self.env.step(action)
+        done = info["episode_task_completions"]
+        return self.view(observation), float(len(done)), terminated, truncated, info
+
+
+WRAPPERS = {wrapper.__name__: wrapper for wrapper in (HealthyRewardAtFall, BinaryReward, LatchedKitchen)}
+
+
+def make_env(spec: str | gym.envs.registration.EnvSpec, wrappers: Sequence[str] = (), **kwargs) -> gym.Env:
+    """The environment in the named wrappers, with flat observations and actions in [-1, 1]."""
     env = gym.make(spec, **kwargs)
+    for name in wrappers:
+        env = WRAPPERS[name](env)
+    if isinstance(env.observation_space, gym.spaces.Dict):
+        flat = gym.spaces.Box(-np.inf, np.inf, (gym.spaces.flatdim(env.observation_space),), np.float32)
+        env = gym.wrappers.TransformObservation(env, partial(flattened, env.observation_space), flat)
     one = np.ones(env.action_space.shape, np.float32)
     unit = (env.action_space.low == -one).all() and (env.action_space.high == one).all()
     return env if unit else gym.wrappers.RescaleAction(env, -one, one)
@@ -154,7 +210,7 @@ def make_env(spec: str | gym.envs.registration.EnvSpec, **kwargs) -> gym.Env:
 
 # === Networks ==============================================================================================
 
-LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0  # CleanRL, sac_continuous_action.py  # CleanRL, sac_continuous_action.py
+LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0  # CleanRL, sac_continuous_action.py
 
 
 class MLP(nn.Module):
@@ -224,11 +280,11 @@ class Actor(nn.Module):
 
 # === Evaluation, logging, checkpoints ======================================================================
 
-FORMAT = 2  # of a checkpoint  # of a checkpoint
+FORMAT = 2  # of a checkpoint
 # what a checkpoint and the run that goes on from it have to agree on
 FIXED = ("env_id", "env", "obs_dim", "act_dim", "flattening", "action_bounds", "log_std_bounds",
          "hidden_sizes", "num_critics", "critic_activation", "critic_layer_norm", "gamma", "reward_scale",
-         "reward_bias", "dataset_checksum")  # fmt: skip  # fmt: skip
+         "reward_bias", "dataset_checksum")  # fmt: skip
 PHASES = ("score", "offline", "alignment", "online")
 
 
@@ -475,7 +531,7 @@ def matched(actor: Actor, other: Actor) -> Actor:
     return max(results, key=lambda result: Policy("", {}, actor).theta() @ Policy("", {}, result).theta())
 
 
-def align(first: Policy, others: list[Policy]) -> list[Policy]:
+def align_policies(first: Policy, others: list[Policy]) -> list[Policy]:
     """The policies with their hidden units matched to the first's; lines say how much nearer they are."""
     moved = [other._replace(actor=matched(first.actor, other.actor)) for other in others]
     for other, new in zip(others, moved):
@@ -490,9 +546,9 @@ ENGINES = ("torch", "gymnasium", "mujoco")  # another version may play another e
 
 
 @lru_cache
-def environments(env: str, env_kwargs: str, episodes: int) -> list[gym.Env]:
-    """The environments of this process, one an episode; env_kwargs as JSON."""
-    return [make_env(env, **json.loads(env_kwargs)) for _ in range(episodes)]
+def environments(env: str, settings: str, episodes: int) -> list[gym.Env]:
+    """The environments of this process, one an episode; their wrappers and arguments as JSON."""
+    return [make_env(env, **json.loads(settings)) for _ in range(episodes)]
 
 
 def signature(actor: Actor, setting: str) -> str:
@@ -525,8 +581,10 @@ def read_cache(path: Path) -> dict[str, list[float]]:
 
 def play(bench: tuple, packed: bytes) -> tuple[list[float], int]:
     """Every episode's return of a pickled policy, and the environment steps they took."""
-    rewards = evaluate(pickle.loads(packed), environments(*bench), "cpu")
-    return [float(episode.sum()) for episode in rewards], sum(map(len, rewards))
+    *environment, counts = bench
+    rewards = evaluate(pickle.loads(packed), environments(*environment), "cpu")
+    returns = [float(r[-1] if counts == "last reward" else r.sum()) for r in rewards]
+    return returns, sum(map(len, rewards))
 
 
 def begin_worker() -> None:
@@ -563,7 +621,8 @@ def played(jobs: dict[str, Actor], bench: tuple, workers: int) -> Iterator[tuple
 def evaluate_all(policies: list[Policy], args: Common) -> np.ndarray:
     """Returns (K, E) of K policies in E episodes; what --out holds already is not played again."""
     state, path = policies[0].state, args.out / "evaluations.jsonl"
-    bench = (state["env"], json.dumps(state["env_kwargs"], sort_keys=True), args.episodes)
+    settings = json.dumps(dict(wrappers=state.get("wrappers", [])) | state["env_kwargs"], sort_keys=True)
+    bench = (state["env"], settings, args.episodes, state.get("counts", "sum of rewards"))
     setting = json.dumps([*bench, *map(version, ENGINES)])
     keys, known = [signature(policy.actor, setting) for policy in policies], read_cache(path)
     jobs = {key: policy.actor for key, policy in zip(keys, policies) if key not in known}
@@ -572,7 +631,7 @@ def evaluate_all(policies: list[Policy], args: Common) -> np.ndarray:
     if not jobs:
         return np.array([known[key] for key in keys])
     try:
-        environments(*bench)
+        environments(*bench[:3])
     except Exception as error:  # an environment may come from any package
         fail(f"the environment {state['env']} can't be made ({error}): install its package")
     began, total = time.monotonic(), 0
@@ -674,7 +733,7 @@ def draw_line(args: Line) -> None:
     pairs, x, moved = [*zip(policies[::2], policies[1::2])], line_points(args.points, args.beyond), []
     for pair in pairs:
         check_alike(pair)
-        a, b = (pair[0], *align(pair[0], pair[1:])) if args.align else pair
+        a, b = (pair[0], *align_policies(pair[0], pair[1:])) if args.align else pair
         # theta(x) = (1 - x) theta_offline + x theta_online
         moved += [a.at((1 - t) * a.theta() + t * b.theta()) for t in x]
     returns = evaluate_all(moved, args).reshape(len(pairs), len(x), -1)
@@ -720,7 +779,7 @@ def draw_plane(args: Plane) -> None:
     check_alike(marked + way)
     first = marked[0]
     if args.align:
-        marked = [first, *align(first, marked[1:])]
+        marked = [first, *align_policies(first, marked[1:])]
         way = [policy._replace(actor=matched(first.actor, policy.actor)) for policy in way]
     a, b, *c = (policy.theta() for policy in marked)
     random = np.random.default_rng(args.seed).standard_normal(len(a))
@@ -811,7 +870,7 @@ def draw_way(args: Way) -> None:
 # === Main ==================================================================================================
 
 
-def parse_args() -> Line | Plane | Way:
+def parse_command() -> Line | Plane | Way:
     kinds = dict(line=Line, plane=Plane, path=Way)
     named = [Annotated[kind, tyro.conf.subcommand(name)] for name, kind in kinds.items()]
     args = tyro.cli(Union[tuple(named)], description=__doc__)  # noqa: UP007 (three made in a line)
@@ -830,7 +889,7 @@ def parse_args() -> Line | Plane | Way:
 
 
 def main() -> None:
-    args = parse_args()
+    args = parse_command()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # as the scripts evaluate
     try:
         args.out.mkdir(parents=True, exist_ok=True)

@@ -566,7 +566,7 @@ def test_every_command_of_the_docstring_can_be_given(landscape, monkeypatch):
     assert len(commands) >= 8
     for words in commands:
         monkeypatch.setattr(sys, "argv", ["reward_landscape.py", *words.split()])
-        landscape.parse_args()
+        landscape.parse_command()
 
 
 def test_it_stands_alone(landscape):

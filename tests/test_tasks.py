@@ -161,6 +161,7 @@ def test_a_robotics_task_trains(smac, monkeypatch, tmp_path, name):
     directory = run(smac, monkeypatch, tmp_path, "--env-id", name)
     state = smac.load_checkpoint(directory / "final.pt")
     assert state["env"] == env_id and state["wrappers"] == wrappers and state["reward_bias"] == 5.0
+    assert state["counts"] == "last reward"
     again = smac.make_env(state["env"], state["wrappers"], **state["env_kwargs"])  # what --video-only makes
     assert again.observation_space.shape == (width,)
     rows = state["rows"]
