@@ -824,7 +824,8 @@ def ray_engine(args: Study) -> Iterator[Callable[[dict], Future]]:
     except ImportError as error:
         raise SystemExit("error: --engine ray needs Ray, which is optional: pip install ray") from error
     except Exception as error:  # Ray raises many kinds
-        raise SystemExit(f"error: Ray does not start ({error}): check --ray-address") from error
+        hint = "check --ray-address" if args.ray_address else "--engine local needs no Ray"
+        raise SystemExit(f"error: Ray does not start ({error}): {hint}") from error
     run, begun = ray.remote(num_cpus=args.cpus_per_run, num_gpus=args.gpus_per_run, max_retries=0)(work), []
 
     def submit(job: dict) -> Future:

@@ -689,13 +689,12 @@ def valley(x: np.ndarray, scores: np.ndarray) -> tuple[float, float, int]:
 # === Pictures ==============================================================================================
 
 
-def new_figure(*shape: int, **options):
-    import matplotlib
+def new_figure(*shape: int, figsize: tuple[float, float], **options):
+    """A figure and its axes."""
+    from matplotlib.figure import Figure  # takes a second to import
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(*shape, layout="constrained", **options)
+    figure = Figure(figsize, layout="constrained")
+    return figure, figure.subplots(*shape, **options)
 
 
 def save(args: Common, name: str, figure, rows: list[dict]) -> None:
@@ -870,7 +869,7 @@ def draw_way(args: Way) -> None:
 # === Main ==================================================================================================
 
 
-def parse_command() -> Line | Plane | Way:
+def read_arguments() -> Line | Plane | Way:
     kinds = dict(line=Line, plane=Plane, path=Way)
     named = [Annotated[kind, tyro.conf.subcommand(name)] for name, kind in kinds.items()]
     args = tyro.cli(Union[tuple(named)], description=__doc__)  # noqa: UP007 (three made in a line)
@@ -889,7 +888,7 @@ def parse_command() -> Line | Plane | Way:
 
 
 def main() -> None:
-    args = parse_command()
+    args = read_arguments()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # as the scripts evaluate
     try:
         args.out.mkdir(parents=True, exist_ok=True)
