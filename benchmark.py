@@ -760,11 +760,11 @@ def work(job: dict, stop: threading.Event | None = None) -> tuple[str, float]:
             log.seek(0)
             words = log.read()[-1500:] or f"it printed nothing; exit status {process.returncode}"
             return words, time.monotonic() - began
-        keep_result(job)
+        keep_results(job)
     return "", time.monotonic() - began
 
 
-def keep_result(job: dict) -> None:
+def keep_results(job: dict) -> None:
     """A run's metrics.csv becomes job["file"], with its origin in every row; its checkpoints are kept without
     optimiser states, enough to act and to hand over."""
     (directory,) = (job["folder"] / "runs").iterdir()

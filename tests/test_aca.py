@@ -409,7 +409,7 @@ def test_a_run_from_the_first_update_to_the_table(aca, inside, smac_checkpoint, 
         assert all(tensor.isfinite().all() for tensor in state["agent"].values())
     assert not torch.equal(final["agent"]["log_alpha"], offline["agent"]["log_alpha"])
     assert float(run.rows()[-1]["updates"]) == 40, "the best episode's rows are enough for the first update"
-    assert float(final["extras"]["pi_0"]["weight"]) == pytest.approx(1 - 39 / 40_000)
+    assert float(final["extras"]["pi_0"]["weight"]) == pytest.approx(30 * (1 - 39 / 40_000))
     first, last = ([float(row[f"return_{i}"]) for i in range(2)] for row in run.rows()[1:3])
     assert first == last, "the policy is handed over as it is"
 
@@ -493,7 +493,7 @@ def test_a_resumed_run_ends_as_if_never_stopped(
     assert (last["phase"], last["step"]) == (phase, step)
     if phase == "online":
         check_the_buffer(aca, run)
-        assert float(last["extras"]["pi_0"]["weight"]) == pytest.approx(max(0.5, 1 - 29 / 50))
+        assert float(last["extras"]["pi_0"]["weight"]) == pytest.approx(30 * max(0.5, 1 - 29 / 50))
     run = inside(aca, f"--resume {run.directory}", tmp_path / "stopped")
     assert run.code == 0 and run.rows() == whole.rows()
     compare(run, whole)
