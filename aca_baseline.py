@@ -1660,7 +1660,8 @@ def open_run(args: Args, algorithm: str, online_algorithm: str) -> Run:
     except Exception as error:  # an environment may come from any package
         fail(f"the environment of {dataset_id} can't be made ({error}): install its package (kitchen, Adroit "
              "and mazes: pip install gymnasium-robotics==1.4.2)")  # fmt: skip
-    package = str(env_spec.entry_point).split(":")[0].split(".")[0]  # importing it registers the environment
+    entry_point = env_spec.entry_point if isinstance(env_spec.entry_point, str) else "gymnasium"
+    package = re.split("[.:]", entry_point)[0]  # importing it registers the environment
     env_id = env_spec.id if package == "gymnasium" else f"{package}:{env_spec.id}"
     flattening = "by name" if isinstance(plain.observation_space, gym.spaces.Dict) else "none"
     shapes = [data.columns[name].shape[1:] for name in ("observations", "actions")]

@@ -421,8 +421,8 @@ def test_a_failing_environment_is_one_sentence(smac, inside, monkeypatch, tmp_pa
 
     make_env, made = smac.make_env, []
 
-    def make(spec, **kwargs):
-        made.append(make_env(spec, **kwargs))
+    def make(spec, *wrappers, **kwargs):
+        made.append(make_env(spec, *wrappers, **kwargs))
         return Broken(made[-1]) if len(made) == 4 else made[-1]  # the data's, two to evaluate, the online one
 
     monkeypatch.setattr(smac, "make_env", make)
