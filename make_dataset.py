@@ -1009,7 +1009,7 @@ def read_awac(path: Path, notes: list[str]) -> dict:
 # === Downloads =============================================================================================
 
 
-def checksum(path: Path) -> str:
+def file_checksum(path: Path) -> str:
     """SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -1057,7 +1057,7 @@ def download(urls: list[str], path: Path, published: Published) -> None:
                     continue  # it broke on the way: go on from there
                 reasons.append(f"{url}: {error}")
                 break
-            if published.sha256 in (None, checksum(part)):
+            if published.sha256 in (None, file_checksum(part)):
                 os.replace(part, path)
                 return
             part.unlink()
@@ -1192,11 +1192,11 @@ def import_d4rl(args: D4rlArgs) -> None:
     path = args.file or cache_folder() / "d4rl" / published.path
     urls = [D4RL_ADDRESS + published.path]
     urls += [D4RL_MIRROR + Path(published.path).name] if published.sha256 else []
-    if args.file is None and not (path.exists() and published.sha256 in (None, checksum(path))):
+    if args.file is None and not (path.exists() and published.sha256 in (None, file_checksum(path))):
         download(urls, path, published)
     notes = [env.note] if env.note else []
     try:
-        found = checksum(path)
+        found = file_checksum(path)
         if args.verify and published.sha256 not in (None, found):
             raise ValueError(f"its SHA-256 is {found}, D4RL published {published.sha256}: it is damaged "
                              "or another file; fetch it again, or take it with --no-verify")  # fmt: skip
@@ -1272,7 +1272,7 @@ def import_awac(args: AwacArgs) -> None:
             episodes += to_episodes(rows, env.sizes, unit_box(env), args.settle, notes)
         except Exception as error:  # so does a damaged pickle
             refuse(path, error)
-    sums = ", ".join(f"{path.name} (SHA-256 {checksum(path)})" for path in args.files)
+    sums = ", ".join(f"{path.name} (SHA-256 {file_checksum(path)})" for path in args.files)
     dataset_id = args.dataset_id or f"awac/{task}/binary-v0"
     save_import(args.out, dataset_id, episodes, env, env.spec(), unit_box(env), notes, algorithm_name="AWAC",
                 description=f"Sparse-reward adroit trajectories of AWAC, cut at the last success: {sums}.",
