@@ -172,6 +172,7 @@ class AwacArgs:
 # Return of a random policy, return of an expert: what the normalised scores 0 and 100 stand for.
 REFERENCE_SCORES = {
     "Hopper-v5": (-20.272305, 3234.3),  # D4RL (d4rl/infos.py)
+    "Walker2d-v5": (1.629008, 4592.3),  # the same
     "Pendulum-v1": (-1230.0, -150.0),  # random: mean of 1,000 episodes; expert: SAC after 30,000 steps
 }
 
