@@ -20,7 +20,9 @@ At the handover the offline Q is thrown away. With pi_0 a frozen copy of the pol
     softclip(x) = c + softplus(x - c),   c the log density at beta standard deviations from pi_0's mean
 
 so that SAC's actor loss, E[alpha log pi(a|s) - Q(s,a)] = E[KL(pi || pi_0) - Z(s)], starts at its minimum
-where the clip does not bite. Plain SAC follows, with this Q in all its losses, while `weight` falls.
+where the clip does not bite and the weight is 1; a higher weight asks for a narrower policy with pi_0's mode.
+Plain SAC follows, with this Q in all its losses, while `weight` falls. (The official code clips log pi softly
+in Q alone, not in L_Z.)
 
 First run, data included, no network needed
     python aca_baseline.py --env-id pendulum-medium-replay
@@ -129,7 +131,7 @@ class Args:
     actor_lr: float = 3e-4  # all three of them in the official code
     """Adam learning rate of the actor and the temperature"""
     critic_lr: float = 3e-4
-    """Adam learning rate of the critics and of alpha_psi"""
+    """Adam learning rate of the critics and of Z"""
     batch_size: int = 256
     """transitions of a gradient update"""
     gamma: float = 0.99
@@ -987,7 +989,7 @@ FIXED = ("env_id", "env", "obs_dim", "act_dim", "flattening", "action_bounds", "
 OWN = {"device", "compile", "download", "resume", "checkpoint", "checkpoint_every", "snapshot_every", "video",
        "video_only", "online_steps"}  # fmt: skip
 PHASES = ("score", "offline", "alignment", "online")
-LOG_EVERY = 500  # updates between TensorBoard scalars
+LOG_EVERY = 500  # steps of a phase between TensorBoard scalars
 PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "minari")  # their versions go into checkpoints
 
 

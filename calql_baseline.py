@@ -148,7 +148,7 @@ class Args:
     """n, actions drawn from each of uniform, pi(.|s) and pi(.|s')"""
     cql_temperature: float = 1.0  # all public codes
     """temperature of the soft maximum over actions"""
-    cql_importance_sampling: bool = True  # all public codes; WSRL's kitchen: off
+    cql_importance_sampling: bool = True  # all public codes; kitchen, official and WSRL: off
     """divide by the density of each drawn action: the soft maximum is over all actions alike"""
     cql_max_target: bool = True  # official, WSRL; CORL: antmaze and adroit only
     """the target takes the best of n actions of the policy; without: one action"""
@@ -208,13 +208,14 @@ TASKS = {
 
 # What differs from Args for a task; a flag on the command line wins over both.
 TASK_DEFAULTS = {
+    # optimisers and alpha_cql of these two: results/calql
     "hopper-medium-replay": dict(
-        hidden_sizes=(128, 128), batch_size=128, offline_steps=15_000, online_steps=10_000, eval_every=1_000,
-        handover_eval_every=200),
+        hidden_sizes=(128, 128), offline_optimizer="muon", online_optimizer="muon", batch_size=128,
+        offline_steps=15_000, online_steps=10_000, eval_every=1_000, handover_eval_every=200),
     "pendulum-medium-replay": dict(
-        hidden_sizes=(64, 64), batch_size=128, offline_steps=8_000, online_steps=4_000, eval_every=500,
-        handover_eval_every=200),
-    # WSRL, which has 512x3 in actor and critics alike
+        hidden_sizes=(64, 64), offline_optimizer="muon", online_optimizer="muon", batch_size=128,
+        offline_steps=8_000, alpha_cql=1.0, online_steps=4_000, eval_every=500, handover_eval_every=200),
+    # WSRL, and the official run_kitchen.sh but for its share of offline data, 0.25; 512x3 in both networks
     **{f"kitchen-{level}": dict(hidden_sizes=(512, 512, 512), cql_importance_sampling=False)
        for level in ("complete", "partial", "mixed")},
     # official run_adroit.sh; its actor has 512x2
@@ -1002,7 +1003,7 @@ FIXED = ("env_id", "env", "obs_dim", "act_dim", "flattening", "action_bounds", "
 OWN = {"device", "compile", "download", "resume", "checkpoint", "checkpoint_every", "snapshot_every", "video",
        "video_only", "online_steps"}  # fmt: skip
 PHASES = ("score", "offline", "alignment", "online")
-LOG_EVERY = 500  # updates between TensorBoard scalars
+LOG_EVERY = 500  # steps of a phase between TensorBoard scalars
 PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "minari")  # their versions go into checkpoints
 
 

@@ -207,6 +207,10 @@ TASK_DEFAULTS = {
     "pendulum-medium-replay": dict(
         hidden_sizes=(64, 64), batch_size=128, offline_steps=8_000, online_steps=4_000, eval_every=500,
         handover_eval_every=200),
+    # official, by the kind of data
+    **{f"d4rl-{robot}-{level}": dict(return_range=1_000.0) for robot in ("hopper", "walker2d", "halfcheetah")
+       for level in ("medium", "medium-replay", "medium-expert")},
+    **{name: dict(inverse_temperature=0.5) for name in TASKS if "kitchen" in name or "binary" in name},
 }  # fmt: skip
 
 
@@ -857,7 +861,7 @@ FIXED = ("env_id", "env", "obs_dim", "act_dim", "flattening", "action_bounds", "
 OWN = {"device", "compile", "download", "resume", "checkpoint", "checkpoint_every", "snapshot_every", "video",
        "video_only", "online_steps"}  # fmt: skip
 PHASES = ("score", "offline", "alignment", "online")
-LOG_EVERY = 500  # updates between TensorBoard scalars
+LOG_EVERY = 500  # steps of a phase between TensorBoard scalars
 PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "minari")  # their versions go into checkpoints
 
 

@@ -210,7 +210,7 @@ class Environment(NamedTuple):
 
 
 def kitchen(*tasks: str) -> Environment:
-    """D4RL's kitchen: four tasks, noise 0.1. Reward of the losses: tasks - 4 (Cal-QL)."""
+    """D4RL's kitchen: four tasks, noise 0.1. Reward of the losses: tasks - 4 (WSRL)."""
     kwargs = dict(tasks_to_complete=list(tasks), object_noise_ratio=0.1, robot_noise_ratio=0.1)
     kwargs |= dict(terminate_on_tasks_completed=True, remove_task_when_completed=False)
     note = (

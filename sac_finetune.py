@@ -29,8 +29,8 @@ ten critics with LayerNorm, two of them drawn for each target, their mean for th
         --num-critics 10 --target-critics 2 --critic-layer-norm --critic-activation relu \
         --target-entropy -0.5 --online-optimizer adam --hidden-sizes 256 256 --batch-size 256
 WSRL (Zhou et al. 2024, arXiv 2412.07762): the pre-trained policy warms the buffer up, no offline data. They
-pre-train ten LayerNorm critics with CQL or Cal-QL and take the minimum of all ten for the actor; here it is
-the mean
+pre-train ten LayerNorm critics with CQL or Cal-QL and take the minimum of all ten for the actor, here it is
+the mean; they have LayerNorm in the actor too, no entropy in the target, and batches of 256
     python smac_offline_online.py --num-critics 10 --target-critics 2 --critic-layer-norm --online-steps 0
     python sac_finetune.py --checkpoint runs/NAME/offline.pt --offline-fraction 0 --warmup-steps 5000 \
         --utd-ratio 4 --actor-lr 1e-4 --online-optimizer adam
@@ -878,7 +878,7 @@ FIXED = ("env_id", "env", "obs_dim", "act_dim", "flattening", "action_bounds", "
 OWN = {"device", "compile", "download", "resume", "checkpoint", "checkpoint_every", "snapshot_every", "video",
        "video_only", "online_steps"}  # fmt: skip
 PHASES = ("score", "offline", "alignment", "online")
-LOG_EVERY = 500  # updates between TensorBoard scalars
+LOG_EVERY = 500  # steps of a phase between TensorBoard scalars
 PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "minari")  # their versions go into checkpoints
 
 

@@ -878,7 +878,7 @@ FIXED = ("env_id", "env", "obs_dim", "act_dim", "flattening", "action_bounds", "
 OWN = {"device", "compile", "download", "resume", "checkpoint", "checkpoint_every", "snapshot_every", "video",
        "video_only", "online_steps"}  # fmt: skip
 PHASES = ("score", "offline", "alignment", "online")
-LOG_EVERY = 500  # updates between TensorBoard scalars
+LOG_EVERY = 500  # steps of a phase between TensorBoard scalars
 PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "minari")  # their versions go into checkpoints
 
 
