@@ -1003,7 +1003,9 @@ def imitate(args: Imitate) -> None:
     for task, seed, share in (
         (t, s, b) for t in args.env_ids for s in args.seeds for b in args.best_episodes
     ):
-        dataset_id, env_id, kwargs = script.TASKS[task]
+        dataset_id, env_id, kwargs = script.TASKS.get(task, (None, None, None))
+        if env_id is None:
+            raise SystemExit(f"error: imitate knows the bundled tasks alone, not {task}")
         settings = dict(env_id=task, seed=seed, best_episodes=share, device="cpu", compile=False)
         settings = script.Args(**script.TASK_DEFAULTS.get(task, {}) | settings)
         data = script.select_episodes(script.load_dataset(dataset_id), share, 1.0, seed)
@@ -1039,9 +1041,12 @@ def summaries(folder: Path, script: str) -> dict[tuple[str, str], list[dict]]:
             rows = [{k: number(v) for k, v in row.items()} for row in csv.DictReader(file)]
         task, flags = path.parent.name, rows[0]["flags"].split()
         share = lambda name, flags=flags: float(flags[flags.index(name) + 1]) if name in flags else 1.0
-        key = task, share("--best-episodes"), share("--data-fraction"), int(rows[0]["seed"])
+        dataset_id = module.TASKS.get(task, (task,))[0]
+        if "--dataset-id" in flags:
+            dataset_id = flags[flags.index("--dataset-id") + 1]
+        key = dataset_id, share("--best-episodes"), share("--data-fraction"), int(rows[0]["seed"])
         if key not in data:
-            data[key] = module.select_episodes(module.load_dataset(module.TASKS[task][0]), *key[1:])
+            data[key] = module.select_episodes(module.load_dataset(dataset_id), *key[1:])
         offline = [row["score"] for row in rows if row["phase"] == "offline"]
         online = [row for row in rows if row["phase"] == "online"]
         result = dict(

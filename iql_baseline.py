@@ -183,6 +183,7 @@ class Args:
 # reward transform and reference scores, and the environment where None stands here.
 TASKS = {
     "hopper-medium-replay": ("smac/hopper/medium-replay-v0", "Hopper-v5", {}),
+    "walker2d-medium-replay": ("smac/walker2d/medium-replay-v0", "Walker2d-v5", {}),
     "pendulum-medium-replay": ("smac/pendulum/medium-replay-v0", "Pendulum-v1", {}),
     # brought by `python make_dataset.py d4rl`
     **{
@@ -201,9 +202,9 @@ TASKS = {
 
 # What differs from Args for a task; a flag on the command line wins over both.
 TASK_DEFAULTS = {
-    "hopper-medium-replay": dict(
+    **{f"{robot}-medium-replay": dict(
         hidden_sizes=(128, 128), batch_size=128, offline_steps=15_000, return_range=1_000.0,
-        online_steps=10_000, eval_every=1_000, handover_eval_every=200),
+        online_steps=10_000, eval_every=1_000, handover_eval_every=200) for robot in ("hopper", "walker2d")},
     "pendulum-medium-replay": dict(
         hidden_sizes=(64, 64), batch_size=128, offline_steps=8_000, online_steps=4_000, eval_every=500,
         handover_eval_every=200),
@@ -1498,6 +1499,9 @@ def open_run(args: Args, algorithm: str, online_algorithm: str) -> Run:
     entry_point = env_spec.entry_point if isinstance(env_spec.entry_point, str) else "gymnasium"
     package = re.split("[.:]", entry_point)[0]  # importing it registers the environment
     env_id = env_spec.id if package == "gymnasium" else f"{package}:{env_spec.id}"
+    env_kwargs, known = env_spec.kwargs | kwargs, gym.registry.get(env_spec.id)
+    if known and known.max_episode_steps != env_spec.max_episode_steps:  # the recording's own time limit
+        env_kwargs |= {"max_episode_steps": env_spec.max_episode_steps}
     flattening = "by name" if isinstance(plain.observation_space, gym.spaces.Dict) else "none"
     shapes = [data.columns[name].shape[1:] for name in ("observations", "actions")]
 
@@ -1523,7 +1527,7 @@ def open_run(args: Args, algorithm: str, online_algorithm: str) -> Run:
                 f"{args.checkpoint} holds ACA's aligned critics, no run starts from them: take an offline.pt"
             )
     spec = vars(args) | dict(algorithm=algorithm, online_algorithm=online_algorithm, env=env_id,
-                             env_kwargs=env_spec.kwargs | kwargs, wrappers=wrappers, dataset_id=dataset_id,
+                             env_kwargs=env_kwargs, wrappers=wrappers, dataset_id=dataset_id,
                              counts=data.metadata.get("return", "sum of rewards"),
                              flattening=flattening,
                              dataset_checksum=data.checksum, obs_dim=shapes[0][0], act_dim=shapes[1][0],

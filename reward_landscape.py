@@ -368,7 +368,8 @@ def fill(module: nn.Module, saved: dict[str, Tensor], name: str) -> None:
 # === The policies ==========================================================================================
 
 # what policies in one picture have in common; and on one line, or plane
-TASK, SIZES = ("env", "env_kwargs"), ("obs_dim", "act_dim", "hidden_sizes", "flattening", "action_bounds")
+TASK = ("env", "env_kwargs", "wrappers", "counts")
+SIZES = ("obs_dim", "act_dim", "hidden_sizes", "flattening", "action_bounds")
 
 
 class Policy(NamedTuple):
@@ -426,8 +427,10 @@ def check_alike(policies: list[Policy], names: tuple[str, ...] = TASK + SIZES) -
     for other in policies[1:]:
         both = f"{first.path} and {other.path} can't be put together"
         for name in names:
-            if first.state[name] != other.state[name]:
-                fail(f"{both}: their {name} is {first.state[name]} and {other.state[name]}")
+            older = {"wrappers": [], "counts": "sum of rewards"}.get(name)  # of files that don't say it
+            values = [policy.state.get(name, older) for policy in (first, other)]
+            if values[0] != values[1]:
+                fail(f"{both}: their {name} is {values[0]} and {values[1]}")
         same = all(torch.equal(a, b) for a, b in zip(first.actor.buffers(), other.actor.buffers()))
         if names != TASK and not same:
             fail(f"{both}: their observation statistics differ, they were trained on other recordings")

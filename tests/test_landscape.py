@@ -523,6 +523,7 @@ def test_bad_input_is_one_sentence(landscape, draw, run, other, tmp_path):
     edit("nan", lambda state: state["agent"]["actor.net.biases.0"].fill_(math.nan))
     edit("actorless", lambda state: state.pop("agent"))
     edit("gone", lambda state: state.update(env="NoSuchEnv-v0"))
+    edit("wrapped", lambda state: state.update(wrappers=["HealthyRewardAtFall"]))
     pendulum = SHIPPED / "pendulum-medium-replay_smac_offline.pt"
     for words, sentence in {
         f"line {good} missing.pt": "there is no checkpoint missing.pt",
@@ -537,6 +538,7 @@ def test_bad_input_is_one_sentence(landscape, draw, run, other, tmp_path):
         f"line {good} actorless.pt": "the actor of actorless.pt in the checkpoint can't be taken",
         "line gone.pt gone.pt": "the environment NoSuchEnv-v0 can't be made",
         f"line {good} {hopper}": "their env is Pendulum-v1 and Hopper-v5",
+        f"line {good} {good} wrapped.pt wrapped.pt": "their wrappers is [] and ['HealthyRewardAtFall']",
         f"line {good} {good} {hopper} {hopper}": "their env is Pendulum-v1 and Hopper-v5",
         f"line {good} {pendulum}": "their hidden_sizes is (8, 8) and (64, 64)",
         f"line {good}": "1 are not pairs",

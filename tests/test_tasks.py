@@ -163,7 +163,7 @@ def test_a_robotics_task_trains(smac, monkeypatch, tmp_path, name):
     assert state["env"] == env_id and state["wrappers"] == wrappers and state["reward_bias"] == 5.0
     assert state["counts"] == "last reward"
     again = smac.make_env(state["env"], state["wrappers"], **state["env_kwargs"])  # what --video-only makes
-    assert again.observation_space.shape == (width,)
+    assert again.observation_space.shape == (width,) and again.spec.max_episode_steps == 8
     rows = state["rows"]
     assert all(-1 <= row["return_mean"] <= 4 for row in rows), "the last reward, not the sum of 8"
     assert smac.load_dataset(dataset_id).reward(-1.0) == -5.0
