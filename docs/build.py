@@ -169,7 +169,10 @@ def pages() -> list[Path]:
 
 if __name__ == "__main__":
     for path in pages():
-        text = rebuilt(path)
+        try:
+            text = rebuilt(path)
+        except ValueError as error:
+            raise SystemExit(f"error: {error}: mend the link there") from None
         if text != path.read_text():
             path.write_text(text)
             print(f"{path.relative_to(ROOT)} brought up to date")
