@@ -1,7 +1,8 @@
 """Measures how fast the scripts of the shelf are; runs studies of many runs and draws their tables.
 
     python benchmark.py speed                                    this machine; half an hour on two cores
-    python benchmark.py speed --cleanrl FOLDER                   also CleanRL's own SAC update, from a clone
+    python benchmark.py speed --cleanrl FOLDER --corl FOLDER     also CleanRL's own SAC update and CORL's own
+                                                                 Cal-QL update, from clones
     python benchmark.py speed --device cuda --together 1 2 4 8   eager, CUDA graphs, runs that share a GPU
     python benchmark.py table results/speed                      the tables again, nothing measured
     python benchmark.py run --scripts smac_offline_online.py calql_baseline.py --finetune own sac td3 td3bc \\
@@ -70,7 +71,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
@@ -102,13 +103,15 @@ class Speed:
     seconds: float = 4.0
     """time measured in each phase of a turn"""
     sizes: tuple[tuple[int, int], ...] = ((256, 256), (128, 128))
-    """width of the two hidden layers and batch, pair after pair"""
+    """width of the two hidden layers and batch, pair after pair; none: what --cleanrl and --corl add alone"""
     growth: bool = True
     """also other widths, other batches and ten times the data"""
     together: tuple[int, ...] = (1, 2)
     """runs side by side on this machine (on one GPU: 1 2 4 8)"""
     cleanrl: str | None = None
     """folder with a clone of CleanRL, whose SAC update is then timed beside ours on one core"""
+    corl: str | None = None
+    """folder with a clone of CORL, whose Cal-QL update is then timed beside ours on one core"""
     out: str = "results/speed"
     """folder of speed.csv"""
 
@@ -353,7 +356,10 @@ def probe(case: dict) -> dict:
     return {phase: figures | dict(memory_mb=memory, gpu_mb=gpu) for phase, figures in found.items()}
 
 
-# === CleanRL's update beside ours ==========================================================================
+# === Updates of others beside ours =========================================================================
+
+PEERS = {"cleanrl": ("CleanRL", "cleanrl/sac_continuous_action.py", "github.com/vwxyzjn/cleanrl"),
+         "corl": ("CORL", "algorithms/finetune/cal_ql.py", "github.com/tinkoff-ai/CORL")}  # fmt: skip
 
 
 def cleanrl_update(folder: Path, obs_dim: int, act_dim: int) -> Callable[[], None]:
@@ -415,13 +421,86 @@ def shelf_update(module: ModuleType, obs_dim: int, act_dim: int) -> Callable[[],
     return call
 
 
-def beside_cleanrl(case: dict) -> dict:
-    """Updates per second of both, in turns of 50 in one process with one thread."""
+def with_returns_to_go(module: ModuleType, args) -> tuple:
+    """Hopper's bundled recording, and its columns (T, ...) with returns-to-go: where these are high, Cal-QL's
+    term has no gradient, and that decides what an update costs."""
+    data = module.load_dataset(module.TASKS["hopper-medium-replay"][0])
+    rewards, terminations = data.reward(data.columns["rewards"]), data.columns["terminations"]
+    bounds = module.returns_to_go(rewards, terminations, data.ends, args.gamma)
+    return data, data.columns | {"rewards": rewards, "returns_to_go": bounds}
+
+
+def corl_update(folder: Path, shelf: ModuleType) -> Callable[[], None]:
+    """CORL's Cal-QL update from a clone, unmodified: `train` of its class on batches of its own buffer.
+
+    The file is executed as it stands; packages that only its main function uses are empty stand-ins. Values
+    of its TrainConfig (locomotion), but the target takes the best of 10 actions, as the shelf's does.
+    """
+    path, saved = folder / PEERS["corl"][1], dict(sys.modules)
+    empty = dict(
+        d4rl={}, gym=dict(Env=object), wandb={}, pyrallis=dict(wrap=lambda: lambda function: function)
+    )
+    for name, members in empty.items():
+        sys.modules[name] = ModuleType(name)
+        vars(sys.modules[name]).update(members)
+    spec = importlib.util.spec_from_file_location("corl_cal_ql", path)
+    corl = sys.modules["corl_cal_ql"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(corl)
+    for name in empty:
+        sys.modules.pop(name)
+        sys.modules |= {name: saved[name]} if name in saved else {}
+    config = corl.TrainConfig(device="cpu")
+    columns = with_returns_to_go(shelf, shelf.Args())[1]
+    obs_dim, act_dim = columns["observations"].shape[1], columns["actions"].shape[1]
+    critics = [corl.FullyConnectedQFunction(obs_dim, act_dim, True, 2) for _ in range(2)]
+    actor = corl.TanhGaussianPolicy(obs_dim, act_dim, 1.0, orthogonal_init=True)
+    optimizers = [torch.optim.Adam(net.parameters(), config.qf_lr) for net in critics]
+    trainer = corl.CalQL(critics[0], optimizers[0], critics[1], optimizers[1], actor,
+                         torch.optim.Adam(actor.parameters(), config.policy_lr), -float(act_dim), bc_steps=0,
+                         policy_lr=config.policy_lr, qf_lr=config.qf_lr, cql_alpha=config.cql_alpha,
+                         cql_max_target_backup=True)  # fmt: skip
+    mean_std = corl.compute_mean_std(columns["observations"], eps=1e-3)
+    states = {k: corl.normalize_states(columns[k], *mean_std) for k in ("observations", "next_observations")}
+    buffer = corl.ReplayBuffer(obs_dim, act_dim, len(columns["rewards"]))
+    buffer.load_d4rl_dataset(
+        columns | states | dict(terminals=columns["terminations"], mc_returns=columns["returns_to_go"])
+    )
+    return lambda: trainer.train(buffer.sample(256))
+
+
+def shelf_calql_update(module: ModuleType) -> Callable[[], None]:
+    """The same Cal-QL update with the shelf's blocks: ReLU networks of 2x256, batch 256, 10 actions, Adam."""
+    args = module.Args(batch_size=256, offline_optimizer="adam")
+    data, columns = with_returns_to_go(module, args)
+    obs_dim, act_dim = columns["observations"].shape[1], columns["actions"].shape[1]
+    agent = module.Agent(obs_dim, act_dim, (256, 256), 2, "relu")
+    module.set_statistics(agent, data)
+    multiplier = torch.nn.ParameterDict({"log_alpha_prime": torch.ones(())})
+    optimizers = module.make_optimizers(agent, "adam", args, multiplier.parameters())
+    widths = module.transition_widths(obs_dim, act_dim) | {"returns_to_go": 0}
+    buffer = module.ReplayBuffer(widths, len(columns["rewards"]))
+    buffer.add(*(columns[name] for name in widths))
+
+    def call():
+        batch = buffer.split(buffer.sample_rows(args.batch_size))
+        module.calql_update(agent, multiplier, batch, optimizers, args, True)
+
+    return call
+
+
+def beside(case: dict) -> dict:
+    """Updates per second of a peer's update and of ours, in turns of 50 in one process with one thread."""
     torch.set_num_threads(1)
-    obs_dim, act_dim, times = 11, 3, {"CleanRL": [], "shelf": []}
+    peer = next(peer for peer in PEERS if peer in case)
+    name, folder, sizes = PEERS[peer][0], Path(case[peer]), (11, 3)
+    times, what = {name: [], "shelf": []}, {"cleanrl": "SAC", "corl": "Cal-QL"}[peer]
     with contextlib.redirect_stdout(io.StringIO()):
-        updates = {"CleanRL": cleanrl_update(Path(case["cleanrl"]), obs_dim, act_dim),
-                   "shelf": shelf_update(load_script(case["script"]), obs_dim, act_dim)}  # fmt: skip
+        if peer == "cleanrl":
+            made = cleanrl_update(folder, *sizes), shelf_update(load_script(case["script"]), *sizes)
+        else:
+            script = load_script(ROOT / "calql_baseline.py")
+            made = corl_update(folder, script), shelf_calql_update(script)
+        updates = dict(zip(times, made))
         for _ in range(11):
             for name, update in updates.items():
                 began = time.perf_counter()
@@ -429,7 +508,7 @@ def beside_cleanrl(case: dict) -> dict:
                     update()
                 times[name].append((time.perf_counter() - began) / 50)
     return {
-        f"SAC update, {name}": dict(updates_per_second=1 / statistics.median(t[1:]))
+        f"{what} update, {name}": dict(updates_per_second=1 / statistics.median(t[1:]))
         for name, t in times.items()
     }
 
@@ -459,7 +538,7 @@ def cases(args: Speed, device: str) -> list[dict]:
         size = dict(width=width, batch=batch)
         variants += [size, size | other_mode, size | dict(optimizer="adam")]
         variants += [size | dict(together=n) for n in args.together if n > 1]
-    if args.growth:
+    if args.growth and variants:
         variants += [dict(width=w) for w in (64, 128, 512)] + [dict(batch=b) for b in (64, 128, 512)]
         variants += [dict(copies=10)]
     return [base | variant | dict(script=script) for script in args.scripts for variant in variants]
@@ -485,17 +564,16 @@ def speed(args: Speed) -> None:
     """Measures all cases in turns and writes speed.csv."""
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     todo, rows = cases(args, device), []
-    if args.cleanrl and not (Path(args.cleanrl) / "cleanrl/sac_continuous_action.py").exists():
-        raise SystemExit(
-            f"error: {args.cleanrl} is no clone of CleanRL: git clone github.com/vwxyzjn/cleanrl"
-        )
-    if args.cleanrl:
-        git = ["git", "-C", args.cleanrl, "rev-parse", "HEAD"]
+    for peer, (name, file, address) in PEERS.items():
+        if not (folder := getattr(args, peer)):
+            continue
+        if not (Path(folder) / file).exists():
+            raise SystemExit(f"error: {folder} is no clone of {name}: git clone {address}")
+        git = ["git", "-C", folder, "rev-parse", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
-        print(f"CleanRL at commit {commit}")
-        todo.append(
-            todo[0] | dict(cleanrl=str(Path(args.cleanrl).resolve()), optimizer="adam", commit=commit)
-        )
+        print(f"{name} at commit {commit}")
+        case = cases(replace(args, sizes=((256, 256),)), device)[0]
+        todo.append(case | {peer: str(Path(folder).resolve()), "optimizer": "adam", "commit": commit})
     for turn in range(args.repeats):
         for number, case in enumerate(todo):
             figures = [finish(process) for process in [start(case) for _ in range(case["together"])]]
@@ -511,7 +589,7 @@ def speed(args: Speed) -> None:
         out = Path(args.out)  # after every turn: nothing is lost when it is stopped
         out.mkdir(parents=True, exist_ok=True)
         known = hardware(device)
-        hidden = ("env_id", "device", "seconds", "cleanrl")
+        hidden = ("env_id", "device", "seconds", *PEERS)
         names = [name for name in dict.fromkeys(k for row in rows for k in row) if name not in hidden]
         with open(out / "speed.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, [*names, *known], extrasaction="ignore", lineterminator="\n")
@@ -1323,7 +1401,7 @@ def main() -> None:
         imitate(args)
     else:
         case = json.loads(args.case)
-        print(json.dumps((beside_cleanrl if "cleanrl" in case else probe)(case)))
+        print(json.dumps((beside if PEERS.keys() & case else probe)(case)))
 
 
 if __name__ == "__main__":

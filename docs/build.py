@@ -55,7 +55,8 @@ METRICS = {
     "cosine_dataset": "cos(grad_a Q(s,a), score(s,a,w)): 1 where the critic points to where the data is",
     "cosine_policy": "cos(grad_a Q(s,a_pi), score(s,a_pi,w))",
     "q_start": "Q(s_0, mode of pi) at the beginnings of the evaluation's episodes",
-    "discounted_return": "sum_t gamma^t r_t of these episodes; below q_start: the critic overrates pi",
+    "discounted_return": "sum_t gamma^t r_t of these episodes; far below q_start: Q overrates pi (a little "
+    "is no error: Q may hold entropy and goes on behind a time limit)",
     "return": "mean undiscounted return of an evaluation",
     "normalised_score": "100 (return - random's) / (expert's - random's)",
 }
