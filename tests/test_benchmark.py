@@ -175,6 +175,67 @@ def test_the_update_of_a_clone_is_run_as_it_stands(benchmark, tmp_path, monkeypa
     assert os.environ["SAMPLED"] == "41 of 10000 in 10000;42 of 10000 in 10000;"
 
 
+CORL = """
+import d4rl, gym, pyrallis, wandb
+import numpy as np
+import torch.nn as nn
+from dataclasses import dataclass
+
+@dataclass
+class TrainConfig:
+    device: str = "cuda"
+    qf_lr: float = 1e-3
+    policy_lr: float = 1e-3
+    cql_alpha: float = 7.0
+
+FullyConnectedQFunction = lambda o, a, orthogonal, layers: nn.Linear(o + a, 1)
+TanhGaussianPolicy = lambda o, a, most, orthogonal_init: nn.Linear(o, a)
+compute_mean_std = lambda states, eps: (states.mean(0), states.std(0) + eps)
+normalize_states = lambda states, mean, std: (states - mean) / std
+
+class ReplayBuffer:
+    def __init__(self, state_dim, action_dim, size):
+        self.sizes = (state_dim, action_dim, size)
+    def load_d4rl_dataset(self, data):
+        assert abs(data["observations"].mean()) < 1e-3 and data["mc_returns"].std() > 1
+        self.sizes += (len(data["terminals"]),)
+    def sample(self, number):
+        return (number, *self.sizes)
+
+class CalQL:
+    seen = []
+    def __init__(self, *networks, bc_steps, cql_alpha, cql_max_target_backup, **rates):
+        self.seen.append((len(networks), bc_steps, cql_alpha, cql_max_target_backup))
+    def train(self, batch):
+        self.seen.append(batch)
+
+@pyrallis.wrap()
+def train(config: gym.Env):
+    raise RuntimeError("the main function is not run")
+"""
+
+
+def test_corls_class_is_run_as_it_stands(benchmark, tmp_path):
+    (tmp_path / "algorithms" / "finetune").mkdir(parents=True)
+    (tmp_path / "algorithms" / "finetune" / "cal_ql.py").write_text(CORL)
+    shelf = benchmark.load_script(ROOT / "calql_baseline.py")
+    update = benchmark.corl_update(tmp_path, shelf)
+    update()
+    count = shelf.load_dataset(shelf.TASKS["hopper-medium-replay"][0]).ends[-1]
+    assert sys.modules["corl_cal_ql"].CalQL.seen == [(7, 0, 7.0, True), (256, 11, 3, count, count)]
+    assert not {"d4rl", "wandb", "pyrallis"} & sys.modules.keys()
+
+
+def test_our_calql_update_beside_it_is_one_of_the_script(benchmark):
+    shelf = benchmark.load_script(ROOT / "calql_baseline.py")
+    update, seen = benchmark.shelf_calql_update(shelf), []
+    shelf.calql_update = lambda agent, multiplier, batch, optimizers, args, actor: seen.append((batch, args))
+    update()
+    ((batch, args),) = seen
+    assert args.cql_actions == 10 and args.cql_max_target and args.calibrate and args.alpha_cql == 5
+    assert batch["returns_to_go"].shape == (256,) and batch["returns_to_go"].isfinite().all()
+
+
 # === Studies ===============================================================================================
 
 SCRIPT = """
