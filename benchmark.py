@@ -648,7 +648,7 @@ def tables(folder: str | Path) -> str:
         })  # fmt: skip
     known = rows[0]
     where = f"{known['gpu'] or known['cpu']}; torch {known['torch']}, Python {known['python']}"
-    text = f"{where}\n\n{markdown(ours)}" + (f"\n{markdown(theirs)}" if theirs else "")
+    text = "\n".join([where, "", *(markdown(rows) for rows in (ours, theirs) if rows)])
     print(text)
     return text
 
