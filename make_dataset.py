@@ -92,6 +92,8 @@ class RecordArgs:
 
     hidden_sizes: tuple[int, ...] = (256, 256)
     """widths of the hidden layers of actor and critics"""
+    critic_layer_norm: bool = False
+    """LayerNorm before every activation of the critics"""
     batch_size: int = 256
     """transitions of a gradient update"""
     actor_lr: float = 3e-4  # rlkit's and RLPD's value
@@ -672,7 +674,8 @@ def collect(args: RecordArgs, references: tuple[float, float]) -> tuple[list[dic
     obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
     torch.manual_seed(stream_seed(args.seed, "record"))
     env.action_space.seed(stream_seed(args.seed, "record-actions"))
-    agent = Agent(obs_dim, act_dim, args.hidden_sizes).to(args.device)
+    agent = Agent(obs_dim, act_dim, args.hidden_sizes, critic_layer_norm=args.critic_layer_norm)
+    agent.to(args.device)
     slow = {"params": [*agent.actor.parameters(), agent.log_alpha], "lr": args.actor_lr}
     fast = {"params": agent.critic.parameters(), "lr": args.critic_lr}
     adam = torch.optim.Adam([slow, fast], fused=True)
