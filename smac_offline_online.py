@@ -184,6 +184,7 @@ class Args:
 # reward transform and reference scores, and the environment where None stands here.
 TASKS = {
     "hopper-medium-replay": ("smac/hopper/medium-replay-v0", "Hopper-v5", {}),
+    "walker2d-medium-replay": ("smac/walker2d/medium-replay-v0", "Walker2d-v5", {}),
     "pendulum-medium-replay": ("smac/pendulum/medium-replay-v0", "Pendulum-v1", {}),
     # brought by `python make_dataset.py d4rl`
     **{
@@ -202,9 +203,9 @@ TASKS = {
 
 # What differs from Args for a task; a flag on the command line wins over both.
 TASK_DEFAULTS = {
-    "hopper-medium-replay": dict(
+    **{f"{robot}-medium-replay": dict(
         hidden_sizes=(128, 128), batch_size=128, score_steps=10_000, offline_steps=15_000,
-        online_steps=10_000, eval_every=1_000, handover_eval_every=200),
+        online_steps=10_000, eval_every=1_000, handover_eval_every=200) for robot in ("hopper", "walker2d")},
     "pendulum-medium-replay": dict(
         hidden_sizes=(64, 64), batch_size=128, score_steps=4_000, offline_steps=8_000, online_steps=4_000,
         eval_every=500, handover_eval_every=200),
