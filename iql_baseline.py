@@ -204,10 +204,11 @@ TASKS = {
 TASK_DEFAULTS = {
     **{f"{robot}-medium-replay": dict(
         hidden_sizes=(128, 128), batch_size=128, offline_steps=15_000, return_range=1_000.0,
+        inverse_temperature=10.0, offline_optimizer="muon", online_optimizer="muon",
         online_steps=10_000, eval_every=1_000, handover_eval_every=200) for robot in ("hopper", "walker2d")},
     "pendulum-medium-replay": dict(
         hidden_sizes=(64, 64), batch_size=128, offline_steps=8_000, online_steps=4_000, eval_every=500,
-        handover_eval_every=200),
+        expectile=0.9, offline_optimizer="muon", online_optimizer="muon", handover_eval_every=200),
     # official, by the kind of data
     **{f"d4rl-{robot}-{level}": dict(return_range=1_000.0) for robot in ("hopper", "walker2d", "halfcheetah")
        for level in ("medium", "medium-replay", "medium-expert")},
