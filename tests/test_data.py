@@ -423,10 +423,11 @@ class Countdown(gym.Env):
         return np.float32([self.count]), 1.0, self.count == 5, False, {}
 
 
+gym.register("tests/Countdown-v0", entry_point=Countdown, max_episode_steps=9)
+
+
 @pytest.mark.parametrize("steps, lengths, truncated", [(13, [5, 5, 3], True), (10, [5, 5], False)])
 def test_terminations_are_recorded_as_terminations(recorder, steps, lengths, truncated):
-    if "tests/Countdown-v0" not in gym.registry:
-        gym.register("tests/Countdown-v0", entry_point=Countdown, max_episode_steps=9)
     settings = dict(max_steps=steps, random_steps=100, eval_every=100, eval_episodes=1, hidden_sizes=(4, 4))
     episodes, scores = recorder.collect(
         recorder.RecordArgs("tests/Countdown-v0", TINY, **settings), (0.0, 5.0)
@@ -438,6 +439,15 @@ def test_terminations_are_recorded_as_terminations(recorder, steps, lengths, tru
         np.testing.assert_array_equal(e["truncations"], end & cut)
         np.testing.assert_array_equal(e["observations"][:, 0], np.arange(lengths[i] + 1))
     assert scores == [100.0]
+
+
+@pytest.mark.parametrize("layer_norm, gains", [(False, 0), (True, 2)])
+def test_critic_layer_norm_reaches_the_recorders_critics(recorder, monkeypatch, layer_norm, gains):
+    built = []
+    monkeypatch.setattr(recorder, "polyak_update", lambda target, source, tau: built.append(source))
+    args = dict(critic_layer_norm=layer_norm, max_steps=12, random_steps=5, batch_size=4, eval_episodes=1)
+    recorder.collect(recorder.RecordArgs("tests/Countdown-v0", TINY, hidden_sizes=(8, 8), **args), (0.0, 5.0))
+    assert len(built[0].net.gains) == gains
 
 
 def test_compression_leaves_the_contents(recorder, monkeypatch, tmp_path):
