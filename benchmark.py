@@ -196,6 +196,8 @@ class StudyReport:
     """only these"""
     brief: bool = False
     """without the flags and the diagnostics"""
+    cross: bool = False
+    """a row an offline algorithm, a column an online one, in the place of a row a variant"""
     statistics: bool = False
     """intervals, aggregates over tasks and curves in the place of the tables"""
     against: str | None = None
@@ -1185,28 +1187,51 @@ def chosen_runs(args: StudyReport) -> dict[str, dict[str, list[dict]]]:
     return chosen
 
 
+def mean_and_error(runs: list[dict], name: str, digits: int = 1) -> str:
+    """Mean and standard error of a result over seeds, of one run its value; "" where a run has none."""
+    values = [float(r.get(name, math.nan)) for r in runs]
+    if any(map(math.isnan, values)):
+        return ""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    error = statistics.stdev(values) / len(values) ** 0.5
+    return f"{statistics.mean(values):.{digits}f} ± {error:.{digits}f}"
+
+
+def study_cross(args: StudyReport) -> str:
+    """A Markdown table a task: a row an offline algorithm, a column an online one; also printed.
+
+    The online one is the part of a variant's name behind its +, "own" where there is none. A cell has drop,
+    final score and number of smooth handovers.
+    """
+    text = ""
+    for task, variants in chosen_runs(args).items():
+        tuners = ["own", *sorted({v.partition("+")[2] for v in variants} - {""})]
+        empty, table = dict.fromkeys(["offline algorithm", "offline score", *tuners], ""), {}
+        for variant, runs in variants.items():
+            label, _, tuner = variant.partition("+")
+            row = table.setdefault(label, empty | {"offline algorithm": label})
+            row["offline score"] = row["offline score"] or mean_and_error(runs, "offline")
+            if drop := mean_and_error(runs, "drop"):
+                smooth = f"{sum(r['smooth'] for r in runs)} of {len(runs)}"
+                row[tuner or "own"] = f"{drop}; {mean_and_error(runs, 'final')}; {smooth}"
+        text += f"### {task}\n\n{markdown([*table.values()])}\n"
+    print(text)
+    return text
+
+
 def study_report(args: StudyReport) -> str:
     """A Markdown table a task from a study's csvs, means and standard errors over seeds; also printed.
 
     Beside the csvs it draws OUT/TASK.png, or OUT/TASK_brief.png.
     """
     text, ending = "", "_brief" if args.brief else ""
-    if args.statistics:
-        return study_statistics(args)
+    if args.statistics or args.cross:
+        return study_statistics(args) if args.statistics else study_cross(args)
     for task, variants in chosen_runs(args).items():
         rows = []
         for variant, runs in variants.items():
-
-            def cell(name, digits=1, runs=runs):
-                values = [float(r.get(name, math.nan)) for r in runs]
-                if any(map(math.isnan, values)):
-                    return ""
-                if len(values) == 1:
-                    return f"{values[0]:.{digits}f}"
-                error = statistics.stdev(values) / len(values) ** 0.5
-                return f"{statistics.mean(values):.{digits}f} ± {error:.{digits}f}"
-
-            flags = runs[0]["rows"][0]["flags"]
+            cell, flags = partial(mean_and_error, runs), runs[0]["rows"][0]["flags"]
             smooth = sum(r.get("smooth", False) for r in runs)
             row = {"variant": variant, "flags": flags and f"`{flags}`", "seeds": seeds_of(runs),
                    "offline score": cell("offline"), "drop": cell("drop"), "final score": cell("final"),

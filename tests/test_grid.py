@@ -30,7 +30,7 @@ load_dataset = lambda name: SimpleNamespace(returns=lambda: np.array([10.0, 30.0
 select_episodes = lambda data, best, share, seed: data
 load_checkpoint, sealed = (lambda path: {"text": path.read_text()}), dict
 summarize = lambda rows, data, every: dict(
-    offline=rows[0]["score"], drop=1.5, final=rows[-1]["score"], regret=0.25, smooth=False)
+    offline=rows[0]["score"], drop=1.5, final=rows[-1]["score"], regret=0.25, smooth=rows[-1]["score"] > 15)
 
 def main():
     words = sys.argv[1:] if "--resume" not in sys.argv else json.loads(Path("words.json").read_text())
@@ -567,6 +567,22 @@ def test_a_report_without_flag_is_as_it_was(benchmark, results, fake):
     args.statistics = False
     assert "| a+x |  | 11 12 | 3.0 ± 0.0 | 1.5 ± 0.0 | 15.0 ± 5.0 | " in benchmark.study_report(args)
     assert not (fake.out / "statistics.md").exists()
+
+
+def test_the_cross_table_by_hand(benchmark, results, capsys):
+    args = results(task_a=[None, None], task_a0x=[10, 20], task_b0w=[7], task_b=[5, 9])
+    args.statistics, args.cross = False, True
+    text = benchmark.study_report(args)
+    assert capsys.readouterr().out == text + "\n"
+    assert text.splitlines() == [
+        "### task",
+        "",
+        "| offline algorithm | offline score | own | w | x |",
+        "| --- | --- | --- | --- | --- |",
+        "| a | 31.5 ± 0.5 |  |  | 1.5 ± 0.0; 15.0 ± 5.0; 1 of 2 |",
+        "| b | 3.0 | 1.5 ± 0.0; 7.0 ± 2.0; 0 of 2 | 1.5; 7.0; 0 of 1 |  |",
+        "",
+    ]
 
 
 def test_curves_have_a_panel_for_each_fine_tuner(benchmark, results, fake, monkeypatch):
