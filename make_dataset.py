@@ -11,13 +11,16 @@ is kept, from the first random action to the first evaluation (20 fixed-seed epi
 whose normalised score, 100 (R - R_random) / (R_expert - R_random), lies in [33, 60]. That is what
 "medium-replay" means on this shelf. The others are described in `python make_dataset.py COMMAND --help`.
 
-The two recordings that ship in `datasets/` were made by exactly these commands (CPU, one thread):
+The recordings that ship in `datasets/` were made by exactly these commands (CPU, one thread):
 
     OMP_NUM_THREADS=1 python make_dataset.py record --env-id Hopper-v5 \
         --dataset-id smac/hopper/medium-replay-v0 --min-steps 100000 --max-steps 150000 --seed 1
     OMP_NUM_THREADS=1 python make_dataset.py record --env-id Pendulum-v1 \
         --dataset-id smac/pendulum/medium-replay-v0 --max-steps 30000 --hidden-sizes 64 64 --batch-size 64 \
         --actor-lr 3e-5 --critic-lr 1e-4 --random-steps 2000 --eval-every 200 --seed 1
+    OMP_NUM_THREADS=1 python make_dataset.py record --env-id Walker2d-v5 \
+        --dataset-id smac/walker2d/medium-replay-v0 --critic-layer-norm --hidden-sizes 128 128 \
+        --batch-size 128 --critic-lr 1e-3 --min-steps 100000 --max-steps 400000 --seed 1
 
 Actions of environments whose bounds are not [-1, 1] are rescaled at the boundary (Gymnasium's RescaleAction):
 the recording and everything trained on it live in [-1, 1]. Observations are stored as float32.

@@ -19,7 +19,11 @@ import pytest
 from minari.data_collector import EpisodeBuffer
 
 ROOT = Path(__file__).resolve().parents[1]
-BUNDLED = {"smac/hopper/medium-replay-v0": (100_000, 150_000), "smac/pendulum/medium-replay-v0": (1, 30_000)}
+BUNDLED = {
+    "smac/hopper/medium-replay-v0": (100_000, 150_000),
+    "smac/walker2d/medium-replay-v0": (100_000, 150_000),
+    "smac/pendulum/medium-replay-v0": (1, 30_000),
+}
 TINY = "tests/tiny-v0"
 NETWORK_FREE_S = 2.0  # Minari itself retries for 24 seconds
 
