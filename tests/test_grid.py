@@ -130,7 +130,7 @@ def test_a_grid_is_written_as_a_plan(benchmark, tmp_path):
     (dict(scripts=("",)), "'' is no `script flags`"),
     (dict(finetune=("td4",)), "'td4' is no `script flags` or `label=script flags`; a fine-tuner is one of"),
     (dict(scripts=("aca_baseline.py", "aca_baseline.py --seed 3")), r"labels have to differ \(aca, aca\)"),
-    (dict(env_ids=("no-task",)), "tasks among hopper-medium-replay, pendulum-medium-replay"),
+    (dict(env_ids=("no-task",)), "tasks among hopper-medium-replay, walker2d-medium-replay, pendulum-m"),
     (dict(env_ids=()), "--scripts needs --env-ids"),
 ])  # fmt: skip
 def test_a_wrong_grid_is_one_sentence_and_writes_nothing(benchmark, tmp_path, wrong, says):

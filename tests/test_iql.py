@@ -274,8 +274,9 @@ def test_beta_takes_the_scale_of_the_rewards(iql):
 
 
 def test_beta_of_the_bundled_tasks(iql):
-    """Hopper's returns span 2,939; Pendulum's rewards stay as they are, as for all but locomotion."""
-    for task, expected in (("hopper-medium-replay", 3 * 1000 / 2939), ("pendulum-medium-replay", 3.0)):
+    """The robots' returns span 2,941 and 2,509; Pendulum's rewards stay as they are."""
+    for robot, expected in (("hopper", 10_000 / 2941), ("walker2d", 10_000 / 2509.5), ("pendulum", 3.0)):
+        task = f"{robot}-medium-replay"
         args = iql.Args(**iql.TASK_DEFAULTS[task])
         data = iql.load_dataset(iql.TASKS[task][0])
         assert iql.scaled_beta(data, args) == pytest.approx(expected, rel=2e-3)
