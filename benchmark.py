@@ -1418,7 +1418,8 @@ def main() -> None:
     elif isinstance(args, Table):
         tables(args.out)
     elif isinstance(args, Study):
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+        for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background job would ignore the first
+            signal.signal(number, signal.default_int_handler)
         run_study(args)
     elif isinstance(args, StudyReport):
         study_report(args)

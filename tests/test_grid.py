@@ -273,6 +273,7 @@ def test_stopped_runs_write_their_checkpoints(fake, tmp_path, number):
     words = ["--scripts", f"a={fake.script} --log {fake.log} --how long", "--env-ids", "task", "--seeds", "1"]
     words += ["--script", str(fake.script), "--out", str(fake.out)]
     how = dict(stdout=-1, stderr=-1, text=True, cwd=tmp_path)
+    how["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell's background job
     process = subprocess.Popen([*BENCHMARK, "run", *words], **how)
     until = time.time() + 60
     while not any("waiting" in path.read_text() for path in fake.out.glob("runs/task/*/log.txt")):
