@@ -696,7 +696,8 @@ def grid(args: Study) -> dict[str, str]:
     rows = {}
     for label, command in offline:
         rows[label] = command
-        if "own" not in args.finetune:
+        goes_online = hasattr(load_script(ROOT / command.split()[0]).Args, "online_steps")
+        if "own" not in args.finetune and goes_online:
             rows[label] = ONLINE_STEPS.sub("", command) + " --online-steps 0"
         start = f"--checkpoint {{checkpoints}}/{{task}}/{label}__{{seed}}_offline.pt"
         rows |= {f"{label}+{name}": f"{how} {start}" for name, how in online}
@@ -763,11 +764,12 @@ def plan(args: Study) -> dict[str, dict]:
         name = f"{task}/{variant}__{seed}"
         jobs[name] = dict(name=name, task=task, variant=variant, seed=seed, flags=flags, script=script,
                           words=words, file=out / f"{name}.csv", kept=kept / name, code=code,
-                          threads=args.cpus_per_run)  # fmt: skip
+                          source=code_of(ROOT / script), threads=args.cpus_per_run)  # fmt: skip
     left = {f"{job['kept']}_{which}.pt": (name, which)
             for name, job in jobs.items() for which in ("offline", "final")}  # fmt: skip
     for job in jobs.values():
-        job["needs"] = dict(left[word] for word in job["words"] if word in left)
+        paths = [word.split("=", 1)[-1] for word in job["words"]]  # --checkpoint FILE or --checkpoint=FILE
+        job["needs"] = dict(left[path] for path in paths if path in left)
     for name, job in jobs.items():
         try:
             job["checksum"] = checksum(job, jobs)
@@ -788,6 +790,17 @@ def complete(job: dict, keep: bool = False) -> bool:
     return row.get(own) == job[own]
 
 
+def kept(job: dict, which: str, keep: bool) -> bool:
+    """Whether its checkpoint is there, and is its own: another study may keep one of this name."""
+    if not (path := Path(f"{job['kept']}_{which}.pt")).exists():
+        return False
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # damaged: torch raises many kinds
+        return False
+    return keep or state.get("run_checksum", job["checksum"]) == job["checksum"]
+
+
 def missing(args: Study, jobs: dict[str, dict]) -> list[dict]:
     """The jobs that are asked for and not complete, and those whose checkpoints they lack."""
     names = set()
@@ -795,7 +808,7 @@ def missing(args: Study, jobs: dict[str, dict]) -> list[dict]:
     def add(job: dict) -> None:
         names.add(job["name"])
         for need, which in job["needs"].items():
-            there = Path(f"{jobs[need]['kept']}_{which}.pt").exists() and complete(jobs[need], args.keep)
+            there = complete(jobs[need], args.keep) and kept(jobs[need], which, args.keep)
             if not there and need not in names:
                 add(jobs[need])
 
@@ -819,6 +832,8 @@ def work(job: dict, stop: threading.Event | None = None) -> tuple[str, float]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             return f"{folder} is in use by another process: wait for it or stop it first", 0.0
+        if code_of.__wrapped__(ROOT / job["script"]) != job["source"]:
+            return f"{job['script']} was changed since the study began: give the command again", 0.0
         words = ["--env-id", job["task"], "--seed", str(job["seed"]), *job["words"]]
         if checkpoints := [*folder.glob("runs/*/[!.]*.pt")]:
             words = ["--resume", str(checkpoints[0].parent)]
@@ -855,11 +870,13 @@ def keep_results(job: dict) -> None:
         if (path := directory / f"{which}.pt").exists():
             module = load_script(ROOT / job["script"])
             job["kept"].parent.mkdir(parents=True, exist_ok=True)
-            state = module.sealed(module.load_checkpoint(path) | {"optimizers": []})
-            torch.save(state, f"{job['kept']}_{which}.pt")
+            state = module.load_checkpoint(path) | {"optimizers": [], "run_checksum": job["checksum"]}
+            kept = Path(f"{job['kept']}_{which}.pt")
+            module.write_atomically(kept, partial(torch.save, module.sealed(state)))
     origin = {key: job[key] for key in ("variant", "flags", "seed", "code", "checksum")}
+    origin |= {name: config["args"][name] for name in ("eval_every", "best_episodes", "data_fraction")}
     origin |= dict(device=config["resolved_device"], dataset=config["dataset_checksum"][:16],
-                   eval_every=config["args"]["eval_every"])  # fmt: skip
+                   dataset_id=config["dataset_id"])  # fmt: skip
     short = lambda x: f"{float(x):.6g}" if "." in x else x
     write_csv(job["file"], [origin | {name: short(value) for name, value in row.items()} for row in rows])
 
@@ -933,6 +950,8 @@ def progress(job: dict, now: float) -> str:
     step, phases = int(step.replace(",", "")), ("score", "offline", "alignment", "online")
     totals = {name: config.get(f"{name}_steps", 0) for name in phases[phases.index(phase) :]}
     seen = job.setdefault("seen", {}).setdefault(phase, [])  # (time, step) as they appeared
+    if seen and step < seen[-1][1]:  # it failed and began anew
+        seen.clear()
     if not seen or seen[-1][1] != step:
         seen.append((now, step))
     text = f"{phase} {step:,}/{totals[phase]:,}" + f"  score {score}" * bool(score)
@@ -1018,9 +1037,16 @@ def run_study(args: Study) -> None:
     """Runs what is missing of a study; then its report and, if any, its failures."""
     if not args.out or args.folder not in ("", args.out):
         raise SystemExit("error: name one folder: run results/NAME, or run ... --out results/NAME")
+    if args.workers < 1 or not args.seeds:
+        raise SystemExit("error: --workers has to be at least 1, and --seeds to name one")
     grid_variants = write_grid(args) if args.scripts else ()
     args.variants = args.variants or grid_variants
     jobs = plan(args)
+    for flag, key in (("--variants", "variant"), ("--env-ids", "task")):
+        known = dict.fromkeys(job[key] for job in jobs.values())
+        if unknown := [name for name in getattr(args, flag[2:].replace("-", "_")) if name not in known]:
+            names = f"{' '.join(unknown)}: {args.out}/plan.toml has {', '.join(known)}"
+            raise SystemExit(f"error: {flag} {names}")
     todo = missing(args, jobs)
     other = sum(job["file"].exists() and not complete(job, args.keep) for job in todo)
     print(f"{len(todo)} of the plan's {len(jobs)} runs are to do"
@@ -1032,7 +1058,8 @@ def run_study(args: Study) -> None:
         raise SystemExit(130) from None
     study_report(StudyReport(args.out, script=args.script, statistics=bool(args.scripts)))
     for name, error in failed.items():
-        print(f"\nFAILED: {name}\n{error}")
+        old = "the tables show its csv of earlier flags or code\n" if jobs[name]["file"].exists() else ""
+        print(f"\nFAILED: {name}\n{old}{error}")
     if failed:
         raise SystemExit(f"error: {len(failed)} runs failed; see above, then run the same command again")
 
@@ -1115,31 +1142,32 @@ def imitate(args: Imitate) -> None:
 def summaries(folder: Path, script: str) -> dict[tuple[str, str], list[dict]]:
     """Offline score, drop, final score, regret, smooth of every run of a study, by (task, variant)."""
     module, found, data = load_script(ROOT / script), {}, {}
-    number = lambda x: float(x) if re.fullmatch(r"-?[\d.]+(e[-+]?\d+)?", x) else x
+    text = ("variant", "flags", "code", "checksum", "dataset", "dataset_id", "device", "phase")
+    is_number = re.compile(r"-?[\d.]+(e[-+]?\d+)?").fullmatch
+    number = lambda k, x: float(x) if k not in text and is_number(x) else x
     for path in sorted(folder.glob("*/*.csv")):
         with open(path, newline="") as file:
-            rows = [{k: number(v) for k, v in row.items()} for row in csv.DictReader(file)]
-        task, flags = path.parent.name, rows[0]["flags"].split()
-        share = lambda name, flags=flags: float(flags[flags.index(name) + 1]) if name in flags else 1.0
-        dataset_id = module.TASKS.get(task, (task,))[0]
-        if "--dataset-id" in flags:
-            dataset_id = flags[flags.index("--dataset-id") + 1]
-        key = dataset_id, share("--best-episodes"), share("--data-fraction"), int(rows[0]["seed"])
+            rows = [{k: number(k, v) for k, v in row.items()} for row in csv.DictReader(file)]
+        task, first = path.parent.name, rows[0]
+        words = first["flags"].split()  # for a csv that does not say which data its run saw
+        given = lambda flag, default, words=words: words[words.index(flag) + 1] if flag in words else default
+        dataset_id = first.get("dataset_id") or given("--dataset-id", module.TASKS.get(task, (task,))[0])
+        share = [float(first.get(name) or given("--" + name.replace("_", "-"), 1))
+                 for name in ("best_episodes", "data_fraction")]  # fmt: skip
+        key = dataset_id, *share, int(first["seed"])
         if key not in data:
             data[key] = module.select_episodes(module.load_dataset(dataset_id), *key[1:])
-        offline = [row["score"] for row in rows if row["phase"] == "offline"]
+        offline = [row for row in rows if row["phase"] == "offline"]
         online = [row for row in rows if row["phase"] == "online"]
-        result = dict(
-            offline=offline[-1], best_offline=max(offline), mean=data[key].score(data[key].returns().mean())
-        )
+        last = (offline or online[:1])[-1]  # a run from another one's final.pt has no offline phase
+        result = dict(offline=last["score"], mean=data[key].score(data[key].returns().mean()))
         if online:
-            result |= module.summarize(rows, data[key], rows[0]["eval_every"])
-        last = [row for row in rows if row["phase"] == "offline"][-1]
+            result |= module.summarize(rows, data[key], first["eval_every"])
         result |= {f"{phase}_rate": rate(rows, phase) for phase in ("offline", "online")}
         shown = ("cosine_dataset", "cosine_policy", "q_policy", "alpha", "alpha_psi")
-        result |= {name: last[name] for name in shown if name in last}
-        found.setdefault((task, rows[0]["variant"]), []).append(
-            result | dict(seed=int(rows[0]["seed"]), rows=rows)
+        result |= {name: last[name] for name in shown if last.get(name, "") != ""}
+        found.setdefault((task, first["variant"]), []).append(
+            result | dict(seed=int(first["seed"]), rows=rows)
         )
     return found
 
@@ -1184,6 +1212,9 @@ def chosen_runs(args: StudyReport) -> dict[str, dict[str, list[dict]]]:
         for variant in sorted(named, key=lambda v, order=order: [*order, v].index(v)):
             if runs := [r for r in found[task, variant] if not args.seeds or r["seed"] in args.seeds]:
                 chosen.setdefault(task, {})[variant] = runs
+                if len(flags := {r["rows"][0]["flags"] for r in runs}) > 1:
+                    print(f"note: {task}/{variant} has runs of different flags in one row: "
+                          + "; ".join(sorted(flags)), file=sys.stderr)  # fmt: skip
     return chosen
 
 
@@ -1256,6 +1287,7 @@ def study_report(args: StudyReport) -> str:
 MEASURES = {"offline": ("offline score", 1), "drop": ("handover drop", 1), "final": ("final score", 1),
             "regret": ("regret", 3), "offline_rate": ("offline updates/s", 0),
             "online_rate": ("online updates/s", 0)}  # fmt: skip
+STYLES = ("-", "-.", ":")  # of curves: ten colours each
 
 
 def resampled(strata: list[np.ndarray], seed: int = 0, draws: int = 10_000) -> list[np.ndarray]:
@@ -1390,17 +1422,19 @@ def curves(path: Path, task: str, variants: dict[str, list[dict]]) -> None:
             scores = [{r["step"]: r["score"] for r in run["rows"] if r["phase"] == phase} for run in runs]
             if not (steps := sorted(set.intersection(*map(set, scores)))):
                 continue
+            style = STYLES[labels.index(label) // 10 % len(STYLES)]
             x = np.array(steps) - (steps[-1] if phase == "offline" else 0)
             points = [estimate(mean, [np.array([s[step] for s in scores])]) for step in steps]
             middle, low, high = np.array(points).T
-            axis.plot(x, middle, color=color, lw=1.5)
+            axis.plot(x, middle, color=color, ls=style, lw=1.5)
             axis.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
     for panel, axis in zip(panels, axes[0]):
         axis.axvline(0, color="black", ls="--", lw=1)
         axis.set_title(panel)
         axis.set_xlabel("offline updates | online steps")
     axes[0, 0].set_ylabel("normalised score")
-    handles = [plt.Line2D([], [], color=f"C{i % 10}", label=label) for i, label in enumerate(labels)]
+    handles = [plt.Line2D([], [], color=f"C{i % 10}", ls=STYLES[i // 10 % len(STYLES)], label=label)
+               for i, label in enumerate(labels)]  # fmt: skip
     handles += [plt.Line2D([], [], color="black", ls="--", lw=1, label="handover")]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), fontsize=8)
     figure.suptitle(f"{task}: mean and 95% interval over seeds")

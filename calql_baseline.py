@@ -27,7 +27,8 @@ First run, data included, no network needed
     python calql_baseline.py --env-id pendulum-medium-replay
 GPU scale
     python calql_baseline.py --env-id hopper-medium-replay --hidden-sizes 256 256 --batch-size 256 \
-        --offline-steps 250000 --online-steps 250000 --eval-every 5000
+        --offline-steps 250000 --online-steps 250000 --eval-every 5000 \
+        --handover-eval-every 1000
 CQL; weight of the CQL term adapted to a gap, as for antmaze; SAC's backup; no offline data online
     python calql_baseline.py --no-calibrate
     python calql_baseline.py --cql-lagrange --cql-gap 0.8
@@ -378,7 +379,9 @@ def load_dataset(dataset_id: str, download: bool = False) -> Dataset:
     try:
         metadata, checksum = json.loads((folder / "data/metadata.json").read_text()), dataset_checksum(folder)
         assert metadata.get("data_checksum", checksum) == checksum, "its data have another checksum"
-        reader = zlib.crc32(inspect.getsource(read_episodes).encode())  # another reader, another file
+        how = inspect.getsource(read_episodes) + inspect.getsource(flattened)
+        how += str([metadata.get("observation_space"), metadata.get("action_space")])
+        reader = zlib.crc32(how.encode())  # another reader or other bounds, another file
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "smac"
         cache /= f"{checksum}-{reader:08x}.npz"
         try:
@@ -388,6 +391,7 @@ def load_dataset(dataset_id: str, download: bool = False) -> Dataset:
             columns, cached = read_episodes(folder), None
         scores = metadata.get("ref_min_score"), metadata.get("ref_max_score")
         assert all(x is None or math.isfinite(x) for x in scores), "its reference scores are no numbers"
+        assert None in scores or scores[0] < scores[1], "its lower reference score is not the lower one"
     except Exception as error:  # h5py, Minari and zip files raise many kinds
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         fail(f"dataset {folder} can't be read ({reason}): restore or record it again")
@@ -426,6 +430,8 @@ def returns_to_go(rewards, terminations, ends, gamma: float) -> np.ndarray:
     Behind a termination comes 0, behind a truncation mean(last 20 rewards) / (1 - gamma): a zero there would
     call the last steps of every episode that time cut off the best ones (or the worst).
     """
+    if gamma == 1 and not all(terminations[end - 1] for end in ends):
+        fail("--gamma 1 gives episodes that time cut off an infinite return: take one below 1")
     result = np.zeros(len(rewards))
     for start, end in zip(np.r_[0, ends[:-1]], ends):
         tail = 0.0 if terminations[end - 1] else rewards[max(start, end - 20) : end].mean() / (1 - gamma)
@@ -1243,7 +1249,7 @@ class Run:
         )
         style = dict(unit="step", dynamic_ncols=True, disable=None)  # a bar on terminals only
         self.bar = tqdm(range(done + 1, total + 1), phase, initial=done, total=total, **style)
-        if done == 0:
+        if done == 0 and not any(row["phase"] == phase and row["step"] == 0 for row in self.rows):
             self.evaluate(0)
         began, self.evaluating, earlier = time.monotonic(), 0.0, self.updates
         for step in self.bar:
@@ -1379,8 +1385,8 @@ def summarize(rows: list[dict], data: Dataset, eval_every: int) -> dict[str, flo
     The offline score is that of online step 0. Window: the first 20% of the online updates, at least 2,000.
     Drop: offline score minus lowest mean of 3 consecutive evaluations in it. Smooth: a drop of at most 10%
     (or of two standard errors of the paired difference, if these are at most 10 points), an offline return
-    above the dataset's mean, and a final score not below the offline one. Regret: mean of 1 - score / 100, in
-    [0, 1], over regular evaluations.
+    above the dataset's mean (or no worse than its best, where every episode is), and a final score not below
+    the offline one. Regret: mean of 1 - score / 100, in [0, 1], over regular evaluations.
     """
     online = [row for row in rows if row["phase"] == "online"]
     offline = online[0]
@@ -1392,7 +1398,9 @@ def summarize(rows: list[dict], data: Dataset, eval_every: int) -> dict[str, flo
     paired = scores(offline) - np.mean([scores(row) for row in lowest], axis=0)  # (episodes,)
     errors = 2 * paired.std() / max(1, len(paired) - 1) ** 0.5
     small = paired.mean() <= max(0.1 * offline["score"], errors if errors <= 10 else 0)
-    kept = offline["return_mean"] > data.returns().mean() and online[-1]["score"] >= offline["score"]
+    returns, reached = data.returns(), offline["return_mean"]
+    good = reached > returns.mean() or reached >= returns.max()
+    kept = good and online[-1]["score"] >= offline["score"]
     grid = [row["score"] for row in online if row["step"] % eval_every == 0 and row["step"] > 0]
     regret = np.mean(1 - np.clip(grid, 0, 100) / 100) if grid else math.nan
     return dict(offline=offline["score"], drop=paired.mean(), final=online[-1]["score"], regret=regret,
@@ -1426,7 +1434,7 @@ def report(run: Run, agent: Agent) -> None:
     plt.close(figure)
 
     lines = {"mean score of the dataset": f"{mean:.1f}"}
-    if run.rows[-1]["phase"] == "online":
+    if run.rows and run.rows[-1]["phase"] == "online":
         s = summarize(run.rows, run.data, run.args.eval_every)
         share = f" ({100 * s['drop'] / s['offline']:.0f}%)" if s["offline"] >= 10 else ""
         lines |= {"offline score": f"{s['offline']:.1f}", "handover drop": f"{s['drop']:.1f} points{share}",
@@ -1534,6 +1542,8 @@ def train_online(run: Run, agent: Agent, multiplier: nn.Module) -> None:
     share = max(args.offline_fraction, 0)
     first_update = max(args.warmup_steps, args.batch_size - round(args.batch_size * share))
     run.window = max(2_000, 0.2 * args.utd_ratio * (args.online_steps - first_update))
+    if first_update >= args.online_steps:
+        print(f"note: no update in {args.online_steps:,} steps: the first waits for {first_update:,}")
     run.metrics, run.updates = {}, args.utd_ratio * max(0, online.size - first_update)
 
     def update(old: int, last: bool) -> dict[str, Tensor]:
@@ -1592,6 +1602,8 @@ def parse_args() -> Args:
             settings = json.loads((Path(given["--resume"]) / "config.json").read_text())["args"]
         except (OSError, ValueError, KeyError) as error:
             fail(f"{given['--resume']} is not a run directory that can be resumed ({error})")
+        if settings.keys() != vars(Args()).keys():
+            fail(f"{given['--resume']} is of another script or version: resume it with the copy in it")
     elif "--checkpoint" in given:
         state = load_checkpoint(Path(given["--checkpoint"]))
         own = {key: state[key] for key in vars(Args()).keys() & state.keys() - OWN}
@@ -1656,17 +1668,22 @@ def open_run(args: Args, algorithm: str, online_algorithm: str) -> Run:
 
     directory, state, origin = Path(args.resume or run_name(args)), {}, {}
     if args.resume:
-        names = ("final.pt", "last.pt", "previous.pt", "offline.pt")
+        names, newest = ("final.pt", "last.pt", "previous.pt", "offline.pt"), None
         for name in (name for name in names if (directory / name).exists()):
-            state, reason = read_checkpoint(directory / name)
-            if state:
-                break
-            print(f"note: {reason}")
-        else:
+            found, reason = read_checkpoint(directory / name)
+            if reason:
+                print(f"note: {reason}")
+            elif not newest or (PHASES.index(found["phase"]), found["step"]) > newest:
+                newest, state = (PHASES.index(found["phase"]), found["step"]), found
+        if not state:
             fail(f"{directory} holds no checkpoint to go on from: start that run again")
         if state["dataset_checksum"] != data.checksum:
-            fail(f"{directory / name} comes from other data than {dataset_id} holds now: restore them")
+            fail(f"{directory} comes from other data than {dataset_id} holds now: restore them")
+        if state["online_algorithm"] != online_algorithm:
+            fail(f"{directory} goes online with {state['online_algorithm']}: resume it with its own script")
     if args.checkpoint:
+        if args.online_steps == 0:
+            fail("--online-steps 0 leaves nothing to do after --checkpoint: name a number of steps")
         origin = state or load_checkpoint(Path(args.checkpoint))
         algorithm = origin["algorithm"]
         if "agent" not in origin:

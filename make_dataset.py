@@ -742,6 +742,13 @@ def describe(episodes: list[dict], last_reward: bool = False) -> dict[str, float
     }
 
 
+def check_references(references: tuple[float, float]) -> None:
+    """The returns of scores 0 and 100 have to be numbers in this order."""
+    low, high = references
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        fail(f"--ref-min-score {low} has to be below --ref-max-score {high}: they are the scores 0 and 100")
+
+
 def record(args: RecordArgs) -> None:
     """Train SAC on a Gymnasium environment and record its replay as a Minari dataset."""
     import minari
@@ -751,6 +758,10 @@ def record(args: RecordArgs) -> None:
     references = tuple(t if g is None else g for g, t in zip((args.ref_min_score, args.ref_max_score), table))
     if None in references:
         fail(f"no reference scores are known for {args.env_id}: give --ref-min-score and --ref-max-score")
+    check_references(references)
+    for name in ("eval_every", "eval_episodes", "max_steps", "batch_size", "hidden_sizes"):
+        if np.min(getattr(args, name), initial=1) < 1:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} is out of range: it has to be at least 1")
     target = free_folder(args.out, args.dataset_id)
     env = recordable_env(args.env_id)
     started = code_version()  # of the code that runs, whatever happens to the file meanwhile
@@ -1244,6 +1255,7 @@ def import_numpy(args: NumpyArgs) -> None:
     """Bring one's own episodes into Minari's format."""
     if not args.files:
         fail("no file is given: name one .npz or several")
+    check_references((args.ref_min_score, args.ref_max_score))
     free_folder(args.out or minari_root(), args.dataset_id)
     spec, notes, episodes = environment_spec(args.env_id, args.max_episode_steps), [], []
     flat = flat_env(spec)

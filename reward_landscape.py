@@ -570,13 +570,14 @@ def cache_line(key: str, returns: list[float]) -> str:
 
 def read_cache(path: Path) -> dict[str, list[float]]:
     """Every episode's return, by signature; damaged lines go, with a note."""
-    known, lines = {}, path.read_bytes().splitlines() if path.exists() else []
-    for line in lines:
+    known, lines, good = {}, path.read_bytes().splitlines() if path.exists() else [], 0
+    for line in lines:  # two commands at once may have played the same policy: a key may be there twice
         checksum, _, record = line.partition(b" ")
         if checksum == b"%08x" % zlib.crc32(record):
+            good += 1
             key, known[key] = json.loads(record)
-    if len(known) < len(lines):
-        print(f"note: {path} is damaged: {len(known)} of its {len(lines)} evaluations are still good")
+    if good < len(lines):
+        print(f"note: {path} is damaged: {good} of its {len(lines)} evaluations are still good")
         text = "".join(cache_line(*item) for item in known.items())
         write_atomically(path, lambda temporary: temporary.write_text(text))
     return known

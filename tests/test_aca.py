@@ -351,6 +351,8 @@ def test_diagnostics_see_the_whole_aligned_critic(aca):
         (dict(alignment_decay=10_000, alignment_floor=0.0), {0: 1.0, 5_000: 0.5, 10_000: 0.0, 20_000: 0.0}),
         (dict(alignment_decay=100_000, alignment_floor=1.0), {0: 1.0, 50_000: 1.0}),  # expert
         (dict(alignment_weight=2.0, alignment_decay=100), {0: 2.0, 50: 1.0, 75: 0.5, 80: 0.5}),
+        (dict(alignment_weight=1.0, alignment_floor=15.0), {0: 1.0, 40_000: 1.0}),  # no floor lifts it
+        (dict(alignment_weight=0.0), {0: 0.0, 40_000: 0.0}),
     ],
 )
 def test_the_weight_falls_to_its_floor(aca, settings, weights):

@@ -214,6 +214,19 @@ def test_changed_content_is_read_afresh(smac, monkeypatch, tmp_path):
     assert before.columns["rewards"][2] != 7 and after.columns["rewards"][2] == 7
 
 
+def test_other_bounds_are_read_afresh(smac, monkeypatch, tmp_path):
+    """The bounds stand in the metadata: data imported again with others have the same files."""
+    folder = write_dataset(monkeypatch, tmp_path / "d", bound=1.0)
+    before = smac.load_dataset(TINY)
+    metadata = json.loads((folder / "data/metadata.json").read_text())
+    space = metadata["action_space"]
+    assert space.count("-1.0") == 1 and space.count("1.0") == 2
+    edit_metadata(folder, action_space=space.replace("1.0", "2.0"))
+    after = smac.load_dataset(TINY)
+    assert after.checksum == before.checksum
+    np.testing.assert_allclose(2 * after.columns["actions"], before.columns["actions"], rtol=1e-6)
+
+
 def test_a_cache_that_cannot_be_written_is_only_a_note(smac, monkeypatch, tmp_path, capsys):
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
@@ -266,8 +279,10 @@ def test_damaged_data_is_one_sentence(smac, monkeypatch, tmp_path, damage):
 def test_damaged_metadata_is_noticed_with_a_warm_cache(smac, monkeypatch, tmp_path):
     folder = write_dataset(monkeypatch, tmp_path / "d")
     smac.load_dataset(TINY)
-    edit_metadata(folder, ref_max_score=math.nan)
-    assert str(folder) in sentence(smac.load_dataset, TINY)
+    for score in (math.nan, -1230.0, -2000.0):  # the other one is -1230
+        edit_metadata(folder, ref_max_score=score)
+        message = sentence(smac.load_dataset, TINY)
+        assert str(folder) in message and "reference score" in message
 
 
 def test_data_of_other_shapes_than_the_environment_is_one_sentence(smac, monkeypatch, tmp_path):
@@ -402,12 +417,21 @@ def test_an_existing_dataset_is_not_overwritten(recorder, recorded):
         ("CartPole-v1", TINY, (0.0, 500.0), "CartPole-v1"),
         ("NoSuchThing-v0", TINY, (0.0, 1.0), "NoSuchThing"),
         ("Pendulum-v1", "no version!", (None, None), "no version!"),
+        ("Pendulum-v1", TINY, (5.0, 5.0), "--ref-min-score 5.0 has to be below --ref-max-score 5.0"),
+        ("Pendulum-v1", TINY, (0.0, math.nan), "--ref-max-score nan"),
     ],
 )
 def test_what_cannot_be_recorded_is_one_sentence(recorder, tmp_path, env_id, dataset_id, scores, named):
     low, high = scores
     args = recorder.RecordArgs(env_id, dataset_id, out=tmp_path / "o", ref_min_score=low, ref_max_score=high)
     assert named in sentence(recorder.record, args)
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("name", ["eval_every", "eval_episodes", "max_steps", "batch_size"])
+def test_what_a_recording_needs_is_at_least_one(recorder, tmp_path, name):
+    args = recorder.RecordArgs("Pendulum-v1", TINY, out=tmp_path / "o", **{name: 0})
+    assert f"--{name.replace('_', '-')} 0 is out of range" in sentence(recorder.record, args)
     assert not (tmp_path / "o").exists()
 
 

@@ -383,6 +383,18 @@ def test_a_final_checkpoint_starts_with_its_own_online_rows(td3, whole, tmp_path
         assert run.rows()[0][key] == whole.rows()[-1][key]
 
 
+def test_a_final_checkpoint_without_steps_is_one_sentence(scripts, whole, tmp_path):
+    run = inside(scripts["sac"], f"--checkpoint {whole.directory / 'final.pt'} --online-steps 0", tmp_path)
+    assert is_sentence(run.code) and "--online-steps 0 leaves nothing to do" in run.code
+
+
+def test_resume_with_another_script_is_one_sentence(scripts, gone_on, tmp_path):
+    """TD3's settings are SAC's and more; what has run as SAC does not go on as TD3, nor the other way."""
+    for ours, other in (("sac", "td3"), ("td3", "sac")):
+        run = inside(scripts[other], f"--resume {gone_on[ours].directory}", tmp_path)
+        assert is_sentence(run.code) and "of another script or version" in run.code
+
+
 REFUSED = {
     "--gamma 0.5": "its gamma is 0.99",
     "--hidden-sizes 8 4": "its hidden_sizes is",
@@ -452,6 +464,10 @@ def test_from_scratch_the_first_actions_are_uniform_then_the_policys(scripts, ad
     words += "--exploration-noise 0" if name == "td3" else ""
     run = inside(scripts[name], words, tmp_path)
     assert run.code == 0 and "score    step" not in run.output
+    rows = run.rows()
+    assert [row["phase"] for row in rows] == ["offline", "online", "online"]
+    again = inside(scripts[name], f"--resume {run.directory}", tmp_path)
+    assert again.code == 0 and again.rows() == rows  # nothing is evaluated once more
     actions, mode, u = acted(scripts[name], run.state("final.pt"), seen)
     counts = np.histogram(actions[:300], bins=4, range=(-1, 1))[0]
     assert counts.sum() == 300 and (abs(counts - 75) < 30).all()  # standard deviation 7.5

@@ -27,7 +27,10 @@ import numpy as np
 
 TASKS = {"task": ("dataset", "Env-v0", {}), "other": ("dataset", "Env-v0", {})}
 load_dataset = lambda name: SimpleNamespace(returns=lambda: np.array([10.0, 30.0]), score=lambda x: x)
-select_episodes = lambda data, best, share, seed: data
+select_episodes = lambda data, best, share, seed: SimpleNamespace(
+    returns=lambda: best * share * data.returns(), score=lambda x: x)
+Args = SimpleNamespace(online_steps=9)
+write_atomically = lambda path, write: write(path)
 load_checkpoint, sealed = (lambda path: {"text": path.read_text()}), dict
 summarize = lambda rows, data, every: dict(
     offline=rows[0]["score"], drop=1.5, final=rows[-1]["score"], regret=0.25, smooth=rows[-1]["score"] > 15)
@@ -57,7 +60,8 @@ def main():
         signal.signal(signal.SIGTERM, stop)
         print("waiting", flush=True)
         time.sleep(60)
-    config = dict(resolved_device="cpu", dataset_checksum="c" * 64, args=dict(eval_every=500))
+    settings = dict(eval_every=500, best_episodes=float(flags.get("--best", 1)), data_fraction=1.0)
+    config = dict(resolved_device="cpu", dataset_checksum="c" * 64, dataset_id="dataset", args=settings)
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "offline.pt").write_text("networks")
     rows = ["phase,step,updates,seconds,score", f"offline,0,0,1.0,0", f"offline,8,8,3.0,{flags['--seed']}"]
@@ -118,6 +122,14 @@ def test_a_grid_is_written_as_a_plan(benchmark, tmp_path):
     }
     assert names == tuple(expected)
     assert tomllib.loads((tmp_path / "plan.toml").read_text()) == {"pendulum-medium-replay": expected}
+    # what never goes online has no such flag
+    study.scripts, study.env_ids = ("bc_baseline.py",), ("walker2d-medium-replay",)
+    assert benchmark.write_grid(study)[0] == "bc"
+    rows = tomllib.loads((tmp_path / "plan.toml").read_text())
+    assert rows.pop("walker2d-medium-replay")["bc"] == "bc_baseline.py" and rows
+    (tmp_path / "plan.toml").unlink()
+    study.scripts, study.env_ids = scripts, ("pendulum-medium-replay",)
+    benchmark.write_grid(study)
     # a second grid stands beside the first; own: the script's online phase in the same run
     study.finetune, study.scripts, study.env_ids = ("own",), scripts[:1], ("hopper-medium-replay",)
     assert benchmark.write_grid(study) == ("smac",)
@@ -230,6 +242,68 @@ def test_a_checkpoint_that_is_lacking_is_made_again(benchmark, fake):
     assert [j["variant"] for j in benchmark.missing(study, benchmark.plan(study))] == ["a", "a+x"]
 
 
+def test_another_study_s_checkpoint_is_not_taken(benchmark, fake):
+    """Two studies with a common --checkpoints: what has this name is not always this run's."""
+    common = str(fake.out.parent / "common")
+    study = lambda **other: fake.study(checkpoints=common, **other)
+    benchmark.run_study(study())
+    (fake.out / "task" / "b+x__1.csv").unlink()
+    assert todo(benchmark, study()) == ["b+x"]
+    benchmark.run_study(study(out="another", how="--kappa 2", finetune=()))  # its b is another b
+    assert todo(benchmark, study()) == ["b", "b+x"]
+    assert todo(benchmark, study(keep=True)) == ["b+x"]
+    (fake.out.parent / "common" / "task" / "b__1_offline.pt").write_bytes(b"half")  # cut while it was written
+    assert todo(benchmark, study(keep=True)) == ["b", "b+x"]
+
+
+def test_a_checkpoint_is_waited_for_however_the_flag_is_written(benchmark, fake):
+    study = fake.study()
+    todo(benchmark, study)
+    text = (fake.out / "plan.toml").read_text()
+    (fake.out / "plan.toml").write_text(text.replace("--checkpoint ", "--checkpoint="))
+    assert benchmark.plan(study)["task/b+x__1"]["needs"] == {"task/b__1": "offline"}
+
+
+def test_a_script_that_changes_while_a_study_runs_is_not_begun(benchmark, fake):
+    study = fake.study(finetune=())
+    todo(benchmark, study)
+    job = benchmark.plan(study)["task/a__1"]
+    fake.script.write_text(fake.script.read_text() + "# a comment\n")
+    assert benchmark.work(job)[0] == ""
+    job["file"].unlink()
+    fake.script.write_text(fake.script.read_text() + "x = 1\n")
+    assert "fake.py was changed since the study began" in benchmark.work(job)[0]
+    assert not job["file"].exists()
+
+
+@pytest.mark.parametrize("wrong, says", [
+    (dict(variants=("a", "no-such")), "--variants no-such: .*plan.toml has a, b$"),
+    (dict(env_ids=("no-task",), scripts=()), "--env-ids no-task: .*plan.toml has task$"),
+    (dict(workers=0), "--workers has to be at least 1"),
+    (dict(seeds=()), "--seeds to name one"),
+])  # fmt: skip
+def test_a_name_that_the_plan_lacks_is_one_sentence(benchmark, fake, wrong, says):
+    benchmark.write_grid(fake.study(finetune=()))
+    with pytest.raises(SystemExit, match=says):
+        benchmark.run_study(fake.study(finetune=(), **wrong))
+    assert fake.log.read_text() == ""
+
+
+def test_a_run_is_judged_by_the_data_it_saw(benchmark, fake):
+    """Its csv says which, not its flags: a fine-tuner's come from the checkpoint."""
+    benchmark.run_study(fake.study(finetune=(), how="--best 0.5"))
+    found = benchmark.summaries(fake.out, str(fake.script))
+    assert {v: runs[0]["mean"] for (_, v), runs in found.items()} == {"a": 20.0, "b": 10.0}
+    path = fake.out / "task" / "b__1.csv"  # a csv that doesn't say it: flags, of the default data
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        del row["best_episodes"], row["data_fraction"], row["dataset_id"]
+        row["flags"] = "--best-episodes 0.25"
+    benchmark.write_csv(path, rows)
+    assert benchmark.summaries(fake.out, str(fake.script))["task", "b"][0]["mean"] == 5.0
+
+
 def test_variants_of_a_grid_can_be_chosen(benchmark, fake):
     benchmark.run_study(fake.study(variants=("b",)))
     assert fake.log.read_text() == "b__1 \n"
@@ -316,6 +390,11 @@ def test_progress_tells_phase_score_and_time_left(benchmark, tmp_path):
     # 400 steps in 60 seconds: 600 and 2,000 more take 390
     assert benchmark.progress(job, 170.0) == "offline 400/1,000  score 20.5  6.5 minutes left"
     assert benchmark.progress(job, 200.0) == "offline 400/1,000  score 20.5  6.0 minutes left"
+    # it failed and began anew, below what is in its log
+    (tmp_path / "log.txt").write_text(log := log + line.format("400") + "it broke\n" + line.format(0))
+    assert benchmark.progress(job, 210.0) == "offline 0/1,000  score 20.5"
+    (tmp_path / "log.txt").write_text(log + line.format("100"))
+    assert benchmark.progress(job, 220.0) == "offline 100/1,000  score 20.5  4.8 minutes left"
 
 
 def test_the_view_is_redrawn_on_a_terminal_and_printed_once_a_minute_elsewhere(benchmark, tmp_path, capsys):
@@ -568,6 +647,32 @@ def test_a_report_without_flag_is_as_it_was(benchmark, results, fake):
     args.statistics = False
     assert "| a+x |  | 11 12 | 3.0 ± 0.0 | 1.5 ± 0.0 | 15.0 ± 5.0 | " in benchmark.study_report(args)
     assert not (fake.out / "statistics.md").exists()
+
+
+def test_what_a_run_does_not_have_is_an_empty_cell(benchmark, results, fake):
+    """Behaviour cloning has no critic, a run from a final.pt no offline phase; a variant may be called 3."""
+    args = results(task_3=[10], task_a0x=[10, 20])
+    args.statistics = False
+    for path in fake.out.glob("task/a+x__*.csv"):
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        benchmark.write_csv(path, [row | {"alpha": "0.5"} for row in rows if row["phase"] == "online"])
+    path = fake.out / "task" / "3__11.csv"
+    with open(path, newline="") as file:
+        benchmark.write_csv(path, [row | {"alpha": "", "q_policy": ""} for row in csv.DictReader(file)])
+    lines = benchmark.study_report(args).splitlines()
+    assert lines[4] == "| 3 |  | 11 | 3.0 | 1.5 | 10.0 | 0.250 | 0 of 1 |  |  |  |  |  |"
+    assert lines[5].startswith("| a+x |  | 11 12 | 31.5 ± 0.5 | ") and " | 0.500 ± 0.000 |" in lines[5]
+
+
+def test_a_row_of_different_runs_is_announced(benchmark, results, fake, capsys):
+    args = results(task_a=[10, 20], task_b=[10, 20])
+    benchmark.study_report(args)
+    assert capsys.readouterr().err == ""
+    path = fake.out / "task" / "a__12.csv"
+    path.write_text(path.read_text().replace("a,,12", "a,--kappa 2,12"))
+    benchmark.study_report(args)
+    assert capsys.readouterr().err == "note: task/a has runs of different flags in one row: ; --kappa 2\n"
 
 
 def test_the_cross_table_by_hand(benchmark, results, capsys):

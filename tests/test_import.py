@@ -701,6 +701,12 @@ def test_a_malformed_id_is_one_sentence(recorder, tmp_path):
     assert "no version!" in sentence(own, recorder, npz(tmp_path / "a.npz"), dataset_id="no version!")
 
 
+def test_reference_scores_out_of_order_are_one_sentence(recorder, tmp_path):
+    args = recorder.NumpyArgs((tmp_path / "e.npz",), "Pendulum-v1", "me/mine/first-v0", 0.0, 0.0)
+    with pytest.raises(SystemExit, match=r"--ref-min-score 0\.0 has to be below --ref-max-score 0\.0"):
+        recorder.import_numpy(args)
+
+
 @pytest.mark.parametrize("words, code", [("d4rl nothing-v9", 1), ("numpy --help", 0)])
 def test_the_command_line(recorder, tmp_path, words, code):
     command = [sys.executable, recorder.__file__, *words.split()]

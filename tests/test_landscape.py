@@ -490,6 +490,17 @@ def test_processes_end_together_and_keep_what_they_have(landscape, run, tmp_path
     assert ("evaluations are kept" in output) == (code > 0)
 
 
+def test_two_commands_may_have_played_the_same_policy(landscape, tmp_path, capsys):
+    path = tmp_path / "evaluations.jsonl"
+    text = landscape.cache_line("a", [1.0, 2.0]) * 2 + landscape.cache_line("b", [3.0])
+    path.write_text(text)
+    assert landscape.read_cache(path) == {"a": [1.0, 2.0], "b": [3.0]}
+    assert path.read_text() == text and capsys.readouterr().out == ""
+    path.write_text(text + "half a li")
+    assert len(landscape.read_cache(path)) == 2 and "is damaged: 3 of its 4" in capsys.readouterr().out
+    assert len(path.read_text().splitlines()) == 2
+
+
 def test_two_processes_find_what_one_finds(draw, run):
     one = draw(LINE.format(run=run))
     shutil.rmtree("out")

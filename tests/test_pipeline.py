@@ -314,6 +314,20 @@ def test_resume_refuses_other_settings(copied, inside, tmp_path, flag):
     assert is_sentence(code) and flag.split()[0].strip("-").replace("-", "_") in code.replace("-", "_")
 
 
+@pytest.mark.parametrize("change", ["another setting", "another online algorithm"])
+def test_resume_refuses_another_scripts_run(smac, copied, inside, tmp_path, change):
+    config = json.loads((copied / "config.json").read_text())
+    if change == "another setting":
+        config["args"]["policy_delay"] = 2
+        (copied / "config.json").write_text(json.dumps(config))
+    for name in ("last.pt", "previous.pt", "offline.pt"):
+        state = torch.load(copied / name, weights_only=True) | {"online_algorithm": "TD3"}
+        torch.save(smac.sealed(state), copied / name)
+    code = inside(f"--resume {copied}", tmp_path).code
+    says = "of another script or version" if change == "another setting" else "goes online with TD3"
+    assert is_sentence(code) and says in code
+
+
 def test_resume_of_what_is_no_run_is_one_sentence(inside, tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("empty", "absent"):
@@ -447,6 +461,15 @@ def test_without_last_pt_the_previous_one_is_taken(copied, inside, tmp_path, who
     (copied / "last.pt").rename(copied / "previous.pt")
     run = inside(f"--resume {copied}", tmp_path)
     assert run.code == 0
+    assert_same_run(run, whole)
+
+
+def test_the_newest_checkpoint_is_taken(copied, stopped, inside, tmp_path, whole):
+    """last.pt is of the middle of the offline phase, which has ended since."""
+    (copied / "previous.pt").unlink(missing_ok=True)
+    torch.save(stopped[1][1], copied / "last.pt")
+    run = inside(f"--resume {copied}", tmp_path)
+    assert run.code == 0 and not re.search(r"^(score|offline) +step", run.output, re.MULTILINE)
     assert_same_run(run, whole)
 
 
@@ -604,6 +627,11 @@ def test_selecting_episodes_keeps_the_best_whole(smac):
     assert len(smac.select_episodes(data, 0.01, 0.01, 1).ends) == 1
 
 
+def test_an_infinite_return_is_one_sentence(inside, tmp_path):
+    code = inside(TINY + "--gamma 1", tmp_path).code  # Pendulum's episodes are all cut by time
+    assert is_sentence(code) and "--gamma 1 " in code
+
+
 def test_without_online_steps_it_ends_after_offline(inside, tmp_path):
     run = inside(TINY + "--online-steps 0", tmp_path)
     assert run.code == 0 and (run.directory / "learning_curve.png").exists()
@@ -621,6 +649,8 @@ def test_the_first_online_update_waits_for_its_data(inside, tmp_path, flags, wai
     assert_equal(agents[0], runs[0].state("offline.pt")["agent"])
     assert not torch.equal(agents[1]["log_alpha"], agents[0]["log_alpha"])
     assert [int(run.rows()[-1]["updates"]) for run in runs] == [0, 1]
+    note = f"note: no update in {waits} steps: the first waits for {waits}\n"
+    assert note in runs[0].output and "note: no update" not in runs[1].output
 
 
 def test_evaluations_are_dense_for_the_first_2000_updates(inside, tmp_path):
@@ -809,6 +839,7 @@ def test_a_rise_is_a_negative_drop(smac):
         ([44, 44, 44, 50], 40, False),  # a drop of 12%
         ([46, 45, 45, 50], 51, False),  # offline below the mean of the data
         ([46, 45, 45, 49], 40, False),  # the end below offline
+        ([46, 45, 45, 50], 50, True),  # every episode of the data is as good: there is no better
     ],
 )
 def test_smooth_needs_all_three_conditions(smac, online, mean, smooth):
