@@ -874,9 +874,12 @@ def keep_results(job: dict) -> None:
             kept = Path(f"{job['kept']}_{which}.pt")
             module.write_atomically(kept, partial(torch.save, module.sealed(state)))
     origin = {key: job[key] for key in ("variant", "flags", "seed", "code", "checksum")}
-    origin |= {name: config["args"][name] for name in ("eval_every", "best_episodes", "data_fraction")}
     origin |= dict(device=config["resolved_device"], dataset=config["dataset_checksum"][:16],
-                   dataset_id=config["dataset_id"])  # fmt: skip
+                   eval_every=config["args"]["eval_every"])  # fmt: skip
+    seen = config["args"] | {"dataset_id": config.get("dataset_id")}  # also what came from a checkpoint
+    origin |= {
+        name: seen[name] for name in ("dataset_id", "best_episodes", "data_fraction") if seen.get(name)
+    }
     short = lambda x: f"{float(x):.6g}" if "." in x else x
     write_csv(job["file"], [origin | {name: short(value) for name, value in row.items()} for row in rows])
 

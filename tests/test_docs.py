@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import json
 import re
 import shlex
 import sys
@@ -123,7 +124,8 @@ def test_every_command_of_a_page_can_be_given(page, command, monkeypatch, tmp_pa
     for flag, stand_in in {"--checkpoint": CHECKPOINT, "--resume": tmp_path}.items():
         if flag in words and not (ROOT / words[words.index(flag) + 1]).exists():
             words[words.index(flag) + 1] = str(stand_in)
-    (tmp_path / "config.json").write_text('{"args": {}}')
+    settings = vars(module.Args()) if hasattr(module, "Args") else {}
+    (tmp_path / "config.json").write_text(json.dumps({"args": settings}))
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", [name, *words])
     (module.read_arguments if name == "reward_landscape.py" else module.parse_args)()

@@ -60,7 +60,7 @@ def main():
         signal.signal(signal.SIGTERM, stop)
         print("waiting", flush=True)
         time.sleep(60)
-    settings = dict(eval_every=500, best_episodes=float(flags.get("--best", 1)), data_fraction=1.0)
+    settings = dict(eval_every=500, dataset_id=None, best_episodes=float(flags.get("--best", 1)))
     config = dict(resolved_device="cpu", dataset_checksum="c" * 64, dataset_id="dataset", args=settings)
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "offline.pt").write_text("networks")
@@ -297,8 +297,9 @@ def test_a_run_is_judged_by_the_data_it_saw(benchmark, fake):
     path = fake.out / "task" / "b__1.csv"  # a csv that doesn't say it: flags, of the default data
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
+    assert rows[0]["dataset_id"] == "dataset" and "data_fraction" not in rows[0]  # what the script has
     for row in rows:
-        del row["best_episodes"], row["data_fraction"], row["dataset_id"]
+        del row["best_episodes"], row["dataset_id"]
         row["flags"] = "--best-episodes 0.25"
     benchmark.write_csv(path, rows)
     assert benchmark.summaries(fake.out, str(fake.script))["task", "b"][0]["mean"] == 5.0
