@@ -23,9 +23,10 @@ Writes OUT/speed.csv (one row per case, turn and phase, with hardware and versio
 
 STUDIES. OUT/plan.toml names the variants of each task with their flags, which may begin with the script that
 runs; `{seed}` in them stands for the run's seed, `{checkpoints}` for the folder where every run leaves its
-offline.pt and final.pt, as TASK/VARIANT__SEED_offline.pt. A run that takes another one's checkpoint waits for
-it. `--scripts` writes the plan of a grid: the offline phase of each script once a task and seed, then each
-fine-tuner from its offline.pt.
+offline.pt and final.pt, as TASK/VARIANT__SEED_offline.pt. `seeds = [11, 12]` among a task's variants are
+those that run if the command names none. A run that takes another one's checkpoint waits for it. `--scripts`
+writes the plan of a grid: the offline phase of each script once a task and seed, then each fine-tuner from
+its offline.pt.
 
 Every run leaves OUT/TASK/VARIANT__SEED.csv: its metrics.csv with flags, seed, device, code version, dataset
 checksum and its own checksum in every row. That is SHA-256 over task, seed, the flags as the plan has them,
@@ -137,8 +138,8 @@ class Study:
     finetune: tuple[str, ...] = ("sac",)
     """who takes the grid's checkpoints online: sac, td3, td3bc, own (the script's own online phase) or
     `label=script flags`"""
-    seeds: tuple[int, ...] = (1, 2, 3)
-    """1 to 3 to tune on, 11 and up to report"""
+    seeds: tuple[int, ...] = ()
+    """1 to 3 to tune on, 11 and up to report; the plan's of each task if none is named, or 1 2 3"""
     env_ids: tuple[str, ...] = ()
     """the grid's tasks; some of a plan's, all if none is named"""
     variants: tuple[str, ...] = ()
@@ -664,12 +665,21 @@ GRID = "# written by `python benchmark.py run --scripts`\n"
 
 
 def read_plan(folder: str | Path) -> dict[str, dict[str, str]]:
-    """OUT/plan.toml: {task: {variant: flags}}."""
+    """OUT/plan.toml: {task: {variant: flags}}, and with the variants of some tasks {"seeds": list}."""
     path = Path(folder) / "plan.toml"
     try:
-        return tomllib.loads(path.read_text())
+        tasks = tomllib.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: {path} can't be read ({error}): a study begins with its plan") from error
+    for task, variants in tasks.items():
+        if not isinstance(variants, dict):
+            raise SystemExit(f"error: in {path} {task} stands outside a task: write a line [TASK] above it")
+        for name, value in variants.items():
+            seeds = isinstance(value, list) and value and all(type(seed) is int for seed in value)
+            if not (seeds if name == "seeds" else isinstance(value, str)):
+                kind = "a list of numbers" if name == "seeds" else "a string of flags"
+                raise SystemExit(f"error: in {path} {task}'s {name} has to be {kind}, not {value!r}")
+    return tasks
 
 
 def grid(args: Study) -> dict[str, str]:
@@ -756,8 +766,11 @@ def plan(args: Study) -> dict[str, dict]:
     tasks, out, code, jobs = read_plan(args.out), Path(args.out).resolve(), scripts_version(), {}
     runs = Path(args.work).resolve() if args.work else out / "runs"
     kept = Path(args.checkpoints).resolve() if args.checkpoints else runs / "checkpoints"
-    rows = [(task, *item) for task, variants in tasks.items() for item in variants.items()]
-    for seed, (task, variant, flags) in product(args.seeds, rows):
+    rows = []
+    for task, variants in tasks.items():
+        own = variants.pop("seeds", (1, 2, 3))
+        rows += [(seed, task, *item) for seed, item in product(args.seeds or own, variants.items())]
+    for seed, task, variant, flags in sorted(rows, key=lambda row: row[0]):
         filled = lambda word, seed=seed: word.replace("{seed}", str(seed)).replace("{checkpoints}", str(kept))
         words = [filled(word) for word in flags.split()]
         script = words.pop(0) if words and words[0].endswith(".py") else args.script
@@ -1040,8 +1053,8 @@ def run_study(args: Study) -> None:
     """Runs what is missing of a study; then its report and, if any, its failures."""
     if not args.out or args.folder not in ("", args.out):
         raise SystemExit("error: name one folder: run results/NAME, or run ... --out results/NAME")
-    if args.workers < 1 or not args.seeds:
-        raise SystemExit("error: --workers has to be at least 1, and --seeds to name one")
+    if args.workers < 1:
+        raise SystemExit("error: --workers has to be at least 1")
     grid_variants = write_grid(args) if args.scripts else ()
     args.variants = args.variants or grid_variants
     jobs = plan(args)

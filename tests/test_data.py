@@ -421,7 +421,10 @@ def test_an_existing_dataset_is_not_overwritten(recorder, recorded):
         ("Pendulum-v1", TINY, (0.0, math.nan), "--ref-max-score nan"),
     ],
 )
-def test_what_cannot_be_recorded_is_one_sentence(recorder, tmp_path, env_id, dataset_id, scores, named):
+def test_what_cannot_be_recorded_is_one_sentence(
+    recorder, tmp_path, monkeypatch, env_id, dataset_id, scores, named
+):
+    monkeypatch.setattr(recorder, "collect", lambda *_: pytest.fail("the recording began"))
     low, high = scores
     args = recorder.RecordArgs(env_id, dataset_id, out=tmp_path / "o", ref_min_score=low, ref_max_score=high)
     assert named in sentence(recorder.record, args)

@@ -280,13 +280,41 @@ def test_a_script_that_changes_while_a_study_runs_is_not_begun(benchmark, fake):
     (dict(variants=("a", "no-such")), "--variants no-such: .*plan.toml has a, b$"),
     (dict(env_ids=("no-task",), scripts=()), "--env-ids no-task: .*plan.toml has task$"),
     (dict(workers=0), "--workers has to be at least 1"),
-    (dict(seeds=()), "--seeds to name one"),
 ])  # fmt: skip
 def test_a_name_that_the_plan_lacks_is_one_sentence(benchmark, fake, wrong, says):
     benchmark.write_grid(fake.study(finetune=()))
     with pytest.raises(SystemExit, match=says):
         benchmark.run_study(fake.study(finetune=(), **wrong))
     assert fake.log.read_text() == ""
+
+
+def test_a_task_s_own_seeds_run_where_the_command_names_none(benchmark, fake):
+    benchmark.write_grid(fake.study(finetune=(), env_ids=("task", "other")))
+    path = fake.out / "plan.toml"
+    path.write_text(path.read_text().replace('["task"]', '["task"]\nseeds = [12, 11]'))
+    for _ in range(2):  # a grid that grows keeps them
+        runs = lambda **how: [*benchmark.plan(fake.study(**how))]
+        names = [f"task/{variant}__{seed}" for seed in (11, 12) for variant in "ab"]
+        others = [f"other/{variant}__{seed}" for seed in (1, 2, 3) for variant in "ab"]
+        assert runs(seeds=()) == others + names
+        assert runs(seeds=(5,)) == [f"{task}/{v}__5" for task in ("task", "other") for v in "ab"]
+        benchmark.write_grid(fake.study(finetune=()))
+    benchmark.run_study(fake.study(scripts=(), env_ids=("task",), seeds=()))
+    assert {x.name for x in fake.out.glob("*/*.csv")} == {f"{v}__{s}.csv" for v in "ab" for s in (11, 12)}
+
+
+@pytest.mark.parametrize("lines, says", [
+    ('["task"]\nseeds = 11', "task's seeds has to be a list of numbers, not 11$"),
+    ('["task"]\nseeds = []', r"task's seeds has to be a list of numbers, not \[\]$"),
+    ('["task"]\nseeds = ["11"]', r"task's seeds has to be a list of numbers, not \['11'\]$"),
+    ('["task"]\na = 3', "task's a has to be a string of flags, not 3$"),
+    ('a = "--kappa 0"', "plan.toml a stands outside a task"),
+])  # fmt: skip
+def test_a_plan_of_another_form_is_one_sentence(benchmark, fake, lines, says):
+    fake.out.mkdir()
+    (fake.out / "plan.toml").write_text(lines)
+    with pytest.raises(SystemExit, match=says):
+        benchmark.run_study(fake.study(scripts=()))
 
 
 def test_a_run_is_judged_by_the_data_it_saw(benchmark, fake):
@@ -327,6 +355,30 @@ def test_a_run_that_did_not_come_to_a_checkpoint_begins_anew(benchmark, fake):
     (job["folder"] / "runs" / "other" / ".7.last.pt").write_text("half-written")
     assert benchmark.work(job)[0] == ""
     assert fake.log.read_text() == "a__1 \n" and job["file"].exists()
+
+
+def test_a_kept_checkpoint_is_replaced_whole(benchmark, smac, fake, monkeypatch):
+    study = fake.study(finetune=())
+    todo(benchmark, study)
+    job = benchmark.plan(study)["task/a__1"]
+    assert benchmark.work(job)[0] == ""
+    (kept,) = job["kept"].parent.iterdir()
+    before, load_script = kept.read_bytes(), benchmark.load_script
+
+    def with_the_shelf_s_writing(path):
+        module = load_script(path)
+        module.write_atomically = smac.write_atomically
+        return module
+
+    def full(state, path):
+        path.write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(benchmark, "load_script", with_the_shelf_s_writing)
+    monkeypatch.setattr(benchmark.torch, "save", full)
+    with pytest.raises(OSError, match="no space left"):
+        benchmark.keep_results(job)
+    assert [*job["kept"].parent.iterdir()] == [kept] and kept.read_bytes() == before
 
 
 def test_failed_runs_are_not_hidden(fake, tmp_path):
@@ -709,3 +761,18 @@ def test_curves_have_a_panel_for_each_fine_tuner(benchmark, results, fake, monke
     assert online.get_xdata().tolist() == [0, 9] and online.get_ydata().tolist() == [31.5, 15]
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == ["a", "b", "handover"]
+
+
+def test_no_two_of_thirty_curves_look_alike(benchmark, results, monkeypatch):
+    names = [first + second for first in "abc" for second in "abcdefghij"]
+    args = results(**{f"task_{name}": [1, 2] for name in names})
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    benchmark.study_report(args)
+    *handles, _ = drawn[0].legends[0].get_lines()
+    looks = [(line.get_color(), line.get_linestyle()) for line in handles]
+    assert len(set(looks)) == len(looks) == 30
+    offline = drawn[0].axes[0].get_lines()[:-1:2]  # each is followed by its online phase
+    assert [(line.get_color(), line.get_linestyle()) for line in offline] == looks
