@@ -317,6 +317,15 @@ def test_a_plan_of_another_form_is_one_sentence(benchmark, fake, lines, says):
         benchmark.run_study(fake.study(scripts=()))
 
 
+def test_the_shipped_comparison_has_every_run_of_its_plan(benchmark):
+    jobs = benchmark.plan(benchmark.Study(str(ROOT / "results" / "comparison"))).values()
+    assert {len([j for j in jobs if j["task"].startswith(robot)]) for robot in ("hopper", "pend")} == {
+        102,
+        170,
+    }
+    assert [job["name"] for job in jobs if not benchmark.complete(job, keep=True)] == []
+
+
 def test_a_run_is_judged_by_the_data_it_saw(benchmark, fake):
     """Its csv says which, not its flags: a fine-tuner's come from the checkpoint."""
     benchmark.run_study(fake.study(finetune=(), how="--best 0.5"))
