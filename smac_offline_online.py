@@ -1,423 +1,174 @@
-# /// script
-# requires-python = ">=3.11"
-# dependencies = [
-#     "torch==2.13.0", "numpy==2.4.6", "gymnasium[mujoco]==1.4.0", "mujoco==3.11.0", "minari[hdf5,hf]==0.5.4",
-#     "h5py==3.16.0", "pillow==13.0.0", "tyro==1.0.17", "tqdm==4.70.1", "tensorboard==2.21.0",
-#     "matplotlib==3.11.2", "gymnasium-robotics==1.4.2",
-# ]
-# ///
-"""SMAC, Score-Matched Actor-Critic: offline pre-training that online SAC takes over without collapse.
+"""SMAC, Score-Matched Actor-Critic: offline pre-training that online SAC continues without a collapse.
 
 de Lara and Shkurti 2026, arXiv 2602.17632. The maximum-entropy optimum is pi*(a|s) ~ exp(Q*(s,a) / alpha), so
-grad_a Q*(s,a) = alpha grad_a log pi*(a|s). SMAC holds the offline critic to that equality, with the dataset's
-return-conditioned action distribution p(a|s,w), estimated by a diffusion model, standing in for pi*:
+grad_a Q*(s,a) = alpha grad_a log pi*(a|s). SMAC holds the offline critic to that equality. In pi*'s place
+stands p(a|s,w), the dataset's actions given an outcome w, whose score a diffusion model estimates:
 
     score(s,a,w) = -(sqrt(abar_1) / sigma_1) eps_omega(s, sqrt(abar_1) a, w, 1),  eps predicts the NOISE
     L(theta,psi) = E[(Q(s,a) - y)^2] + kappa E|| grad_a Q(s,a) - alpha_psi(s) score(s,a,w) ||^2
     L_pi(phi)    = E[alpha log pi(a|s) - Q(s,a)],    a ~ pi(.|s)
 
-Muon steps the hidden weight matrices, Adam the rest. Online it is plain SAC on the same networks.
+Muon steps the hidden-to-hidden weights, Adam everything else. Online it is plain SAC on the same networks.
 
-First run, data included, no network needed (hopper takes 5 minutes on one idle core, pendulum 1.5)
-    python smac_offline_online.py --env-id hopper-medium-replay
-    python smac_offline_online.py --env-id pendulum-medium-replay
-GPU scale
-    python smac_offline_online.py --env-id hopper-medium-replay --hidden-sizes 256 256 --batch-size 256 \
-        --score-steps 100000 --offline-steps 250000 --online-steps 250000 --eval-every 5000 \
-        --handover-eval-every 1000
-Ablations: no score term; a control (0 in the place of the score); Adam throughout; gradient matched at the
-policy's actions; no offline data online; the best tenth of the recording alone
-    python smac_offline_online.py --kappa 0
-    python smac_offline_online.py --score-control zero
-    python smac_offline_online.py --offline-optimizer adam --online-optimizer adam
-    python smac_offline_online.py --score-actions policy
-    python smac_offline_online.py --offline-fraction 0
-    python smac_offline_online.py --best-episodes 0.1
-Any Minari dataset with flat Box observations and bounded Box actions; going on with a stopped run
-    python smac_offline_online.py --env-id mujoco/hopper/medium-v0 --download
-    python smac_offline_online.py --resume runs/NAME
+    python smac_offline_online.py --env-id hopper-medium-replay      # the main job, data included
+    python smac_offline_online.py --env-id pendulum-medium-replay    # a first look, two minutes
+    python smac_offline_online.py --kappa 0                          # no score term
+    python smac_offline_online.py --env-id mujoco/hopper/medium-v0 --download    # any flat Minari dataset
+    python smac_offline_online.py --resume runs/NAME                 # go on with a run that was stopped
 
 Writes runs/{env_id}__smac_offline_online__{seed}__{time}/: config.json, a copy of this script, TensorBoard
-events, metrics.csv (a row per evaluation, every episode's return), offline.pt, final.pt, learning_curve.png.
+events, metrics.csv (a row per evaluation, every return), offline.pt, last.pt, final.pt, learning_curve.png.
 """
 
+import csv
 import difflib
-import fcntl
 import hashlib
-import inspect
 import json
 import math
 import os
-import re
 import shutil
-import signal
-import socket
-import sys
 import time
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache, partial
-from importlib.metadata import version
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import gymnasium as gym
+import minari
 import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-
-# === Arguments =============================================================================================
 
 
 @dataclass
 class Args:
-    # experiment
-    env_id: str = "hopper-medium-replay"
-    """task (a name in TASKS) or the id of any Minari dataset"""
-    dataset_id: str | None = None
-    """Minari dataset to put under the task in place of its own"""
-    seed: int = 1
-    """two runs with the same seed are identical to the last bit on the same CPU"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes the GPU where there is one"""
-    compile: bool = True
-    """on a GPU, replay each update as one CUDA graph"""
-    download: bool = False
-    """allow the network: fetch a dataset that is not on this machine"""
-    resume: str | None = None
-    """run directory to go on with, from its last.pt and with its own settings"""
-    checkpoint_every: float = 10.0
-    """minutes between two writings of last.pt (online: at the next end of an episode)"""
-    snapshot_every: int = 0
-    """steps between thin copies of the policy in snapshots/; 0 for none"""
-    video: bool = False
-    """at the end, one episode of the final policy as episode.gif"""
-    checkpoint: str | None = None
-    """file of a policy for --video-only"""
-    video_only: bool = False
-    """write an episode of --checkpoint beside it, and nothing else"""
-
+    env_id: str = "hopper-medium-replay"  # task (a name in TASKS) or the id of any Minari dataset
+    seed: int = 1  # two runs with the same seed are identical to the last bit on the same CPU
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU where there is one
+    compile: bool = False  # torch.compile the update steps; pays on a GPU
+    download: bool = False  # allow the network: fetch a dataset that is not on this machine
+    resume: str | None = None  # run directory to go on with, from its last.pt and with its own settings
+    checkpoint_every: float = 5.0  # minutes between two writings of last.pt (online: when an episode ends)
     # networks
-    hidden_sizes: tuple[int, ...] = (256, 256)
-    """widths of the hidden layers of actor and critics"""
-    num_critics: int = 2
-    """critics in the ensemble; the actor follows the minimum of 2, the mean of more"""
-    target_critics: int = 0
-    """target critics drawn for each batch, whose minimum is the target; 0: all of them"""
-    critic_activation: Literal["relu", "silu"] = "silu"  # a ReLU critic has a piecewise-constant grad_a Q
-    """activation of the critics' hidden layers"""
-    critic_layer_norm: bool = False
-    """LayerNorm before the activation of the critics' hidden layers"""
-
+    hidden_sizes: tuple[int, ...] = (256, 256)  # widths of the hidden layers of actor and critics
+    num_critics: int = 2  # critics in the ensemble; the actor follows the minimum of 2, the mean of more
+    target_critics: int = 0  # target critics drawn for each batch, whose minimum is the target; 0: all
+    critic_activation: Literal["relu", "silu"] = "silu"  # ReLU makes grad_a Q piecewise constant
+    critic_layer_norm: bool = False  # LayerNorm before the activation of the critics' hidden layers
     # optimiser
-    offline_optimizer: Literal["muon", "adam"] = "muon"  # results/choices: twice as fast as Adam on Pendulum
-    """optimiser of the hidden weight matrices offline; all other parameters take Adam"""
-    online_optimizer: Literal["muon", "adam"] = "muon"  # results/handover: ends higher than Adam
-    """the same online; optimiser states start fresh at the handover"""
-    muon_lr: float = 1e-3  # results/choices: 3e-4 is too slow, 3e-3 as good
-    """Muon learning rate, in the convention 0.2 sqrt(max(rows, cols)) that matches Adam's step size"""
-    actor_lr: float = 3e-4
-    """Adam learning rate of the actor and the temperature"""
-    critic_lr: float = 3e-4
-    """Adam learning rate of the critics and of alpha_psi"""
-    batch_size: int = 256
-    """transitions of a gradient update"""
-    gamma: float = 0.99
-    """discount"""
-    tau: float = 0.005
-    """step of the target critics towards the critics"""
-    target_entropy: float = -1.0
-    """entropy that the automatic temperature holds, per action dimension"""
-
+    offline_optimizer: Literal["muon", "adam"] = "muon"  # of the hidden weights; the rest takes Adam
+    online_optimizer: Literal["muon", "adam"] = "muon"  # the same online; its state starts fresh
+    muon_lr: float = 1e-3  # Muon's, times 0.2 sqrt(max(rows, cols)), which matches Adam's step size
+    actor_lr: float = 3e-4  # Adam's for the actor and the temperature
+    critic_lr: float = 3e-4  # Adam's for the critics and alpha_psi
+    batch_size: int = 256  # transitions of a gradient update
+    gamma: float = 0.99  # discount
+    tau: float = 0.005  # step of the target critics towards the critics
+    target_entropy: float = -1.0  # entropy that the automatic temperature holds, per action dimension
     # SMAC
-    score_steps: int = 20_000
-    """gradient updates of the score estimator"""
-    score_lr: float = 1e-3
-    """Adam learning rate of the score estimator, falling to 0 along a cosine"""
-    score_hidden_sizes: tuple[int, ...] = (256, 256)
-    """widths of the hidden layers of the score estimator"""
-    score_levels: int = 5  # results/choices: 1 and 10 are alike
-    """T, the noise levels of the diffusion; sigma grows geometrically from --score-sigma to 0.9"""
-    score_sigma: float = 0.1  # results/choices: 0.05 and 0.2 are alike
-    """sigma_1, the noise of level 1, in units of actions that fill [-1, 1]"""
-    offline_steps: int = 250_000
-    """gradient updates of the offline phase"""
-    kappa: float = 1.0  # results/choices: 10 for narrow data, with --alpha-psi temperature
-    """weight of the score-matching term; 0 leaves it out (plain offline SAC)"""
-    score_actions: Literal["dataset", "policy"] = "dataset"
-    """where grad_a Q meets the score: at the recorded actions or at the policy's"""
-    alpha_psi: Literal["learned", "temperature"] = "learned"  # as published; results/choices: see kappa
-    """scale of the score: a small network trained by L_SM, or the temperature alpha"""
-    score_control: Literal["none", "zero", "shuffled"] = "none"
-    """control: 0, or the score of another transition, in the place of the score"""
-    best_episodes: float = 1.0
-    """share of the recording's episodes to keep, those with the highest returns"""
-    data_fraction: float = 1.0
-    """share of these episodes to keep, at random"""
-
+    score_steps: int = 20_000  # gradient updates of the score estimator
+    score_lr: float = 1e-3  # Adam's for the score estimator, falling to 0 along a cosine
+    score_hidden_sizes: tuple[int, ...] = (256, 256)  # widths of the score estimator's hidden layers
+    score_levels: int = 5  # T, the noise levels; sigma grows geometrically from --score-sigma to 0.9
+    score_sigma: float = 0.1  # sigma_1, the noise of level 1, in units of actions that fill [-1, 1]
+    offline_steps: int = 250_000  # gradient updates of the offline phase
+    kappa: float = 1.0  # weight of the score-matching term; 0 leaves it out (plain offline SAC)
+    score_actions: Literal["dataset", "policy"] = "dataset"  # where grad_a Q is held to it
+    alpha_psi: Literal["learned", "temperature"] = "learned"  # scale: network trained by L_SM, or alpha
+    score_control: Literal["none", "zero", "shuffled"] = "none"  # control: 0, or another row's score
     # online phase
-    online_steps: int = 250_000
-    """environment steps of the online phase"""
-    offline_fraction: float = 0.5  # results/choices: no matter on Pendulum
-    """share of offline data in online batches; -1: by size"""
-    utd_ratio: int = 1
-    """critic updates per environment step, each on a fresh batch; the last also updates the actor"""
-    warmup_steps: int = 0  # results/handover: 1,000 are as smooth and cost regret
-    """environment steps before the first online update, acted by the loaded policy"""
-
-    # evaluation
-    eval_every: int = 5_000
-    """updates (offline) or environment steps (online) between evaluations"""
-    handover_eval_every: int = 1_000
-    """the same right after the handover: the first 20% of the online updates, at least 2,000"""
-    eval_episodes: int = 20
-    """episodes of an evaluation, with fixed seeds, by the deterministic policy"""
+    online_steps: int = 250_000  # environment steps of the online phase
+    offline_fraction: float = 0.5  # share of offline data in online batches
+    utd_ratio: int = 1  # critic updates, each on a fresh batch, per environment step and actor update
+    warmup_steps: int = 0  # environment steps before the first online update, acted by the policy
+    eval_every: int = 5_000  # updates (offline) or environment steps (online) between evaluations
+    handover_eval_every: int = 1_000  # the same in the first 20% of online updates, at least 2,000
+    eval_episodes: int = 20  # episodes of an evaluation, with fixed seeds, by the deterministic policy
 
 
 # === Tasks and data ========================================================================================
 
-# name: (Minari dataset, Gymnasium environment, its arguments). The dataset's metadata hold horizon, wrappers,
-# reward transform and reference scores, and the environment where None stands here.
+SMALL = dict(hidden_sizes=(128, 128), batch_size=128, score_steps=10_000, offline_steps=15_000,
+             online_steps=10_000, eval_every=1_000, handover_eval_every=200)  # fmt: skip
+TINY = dict(hidden_sizes=(64, 64), batch_size=128, score_steps=4_000, offline_steps=8_000,
+            online_steps=4_000, eval_every=500, handover_eval_every=200)  # fmt: skip
+# name: (Minari dataset, settings that differ from Args; a flag on the command line wins over both)
 TASKS = {
-    "hopper-medium-replay": ("smac/hopper/medium-replay-v0", "Hopper-v5", {}),
-    "walker2d-medium-replay": ("smac/walker2d/medium-replay-v0", "Walker2d-v5", {}),
-    "pendulum-medium-replay": ("smac/pendulum/medium-replay-v0", "Pendulum-v1", {}),
-    # brought by `python make_dataset.py d4rl`
-    **{
-        f"d4rl-{robot}-{level}": (f"d4rl-original/{robot}/{level}-v2", None, {})
-        for robot in ("hopper", "walker2d", "halfcheetah")
-        for level in ("medium", "medium-replay", "medium-expert")
-    },
-    "kitchen-complete": ("d4rl-original/kitchen/complete-v0", None, {}),
-    "kitchen-partial": ("d4rl-original/kitchen/partial-v0", None, {}),
-    "kitchen-mixed": ("d4rl-original/kitchen/mixed-v0", None, {}),
-    # by `python make_dataset.py awac`
-    "door-binary": ("awac/door/binary-v0", None, {}),
-    "pen-binary": ("awac/pen/binary-v0", None, {}),
-    "relocate-binary": ("awac/relocate/binary-v0", None, {}),
+    "hopper-medium-replay": ("smac/hopper/medium-replay-v0", SMALL),
+    "walker2d-medium-replay": ("smac/walker2d/medium-replay-v0", SMALL),
+    "pendulum-medium-replay": ("smac/pendulum/medium-replay-v0", TINY),
 }
-
-# What differs from Args for a task; a flag on the command line wins over both.
-TASK_DEFAULTS = {
-    **{f"{robot}-medium-replay": dict(
-        hidden_sizes=(128, 128), batch_size=128, score_steps=10_000, offline_steps=15_000,
-        online_steps=10_000, eval_every=1_000, handover_eval_every=200) for robot in ("hopper", "walker2d")},
-    "pendulum-medium-replay": dict(
-        hidden_sizes=(64, 64), batch_size=128, score_steps=4_000, offline_steps=8_000, online_steps=4_000,
-        eval_every=500, handover_eval_every=200),
-}  # fmt: skip
 
 
 def fail(message: str):
-    """End the program with one sentence that says what is wrong and what to do."""
-    raise SystemExit(f"error: {message}")
+    """Ends the program with one sentence that says what is wrong and what to do."""
+    raise SystemExit(f"error: {' '.join(message.split())}")
 
 
-def stream_seed(seed: int, phase: str, index: int = 0) -> int:
-    """Seed of a random stream, from (seed, phase, index) alone: a phase is the same in every script."""
-    digest = hashlib.sha256(f"{seed}/{phase}/{index}".encode()).digest()
-    return int.from_bytes(digest[:4], "little") % 2**31
+def parse_args() -> Args:
+    """Settings: those of the run that is resumed, or: flag given > the task's own in TASKS > Args."""
+    given = tyro.cli(Args, description=__doc__)
+    if given.resume:
+        saved = load_checkpoint(Path(given.resume) / "last.pt")["args"]
+        return Args(**saved | {"resume": given.resume, "device": given.device})
+    return tyro.cli(Args, description=__doc__, default=Args(**TASKS.get(given.env_id, ("", {}))[1]))
 
 
-def transition_widths(obs_dim: int, act_dim: int) -> dict[str, int]:
-    """Columns of a transition and their sizes, 0 for a scalar."""
-    sizes = (obs_dim, act_dim, 0, obs_dim, 0)
-    return dict(zip(("observations", "actions", "rewards", "next_observations", "terminations"), sizes))
+class Dataset:
+    """A Minari recording as float32 arrays (T, ...), actions in [-1, 1]; `download` allows the network."""
 
-
-def dataset_checksum(folder: Path) -> str:
-    """SHA-256 over the data files of a Minari dataset (all but metadata.json; often only main_data.hdf5)."""
-    digest = hashlib.sha256()
-    for path in sorted((folder / "data").rglob("*")):
-        if path.is_file() and path.name != "metadata.json":
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls write(temporary file in the same folder), which takes the place of `path` once it is on disk."""
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-class Dataset(NamedTuple):
-    """Transitions as float32 arrays (T, ...) by name, with what else the recording says of itself."""
-
-    columns: dict[str, np.ndarray]
-    ends: np.ndarray  # (E,) index behind the last transition of each episode
-    metadata: dict
-    checksum: str
-
-    def episode_return(self, rewards: np.ndarray) -> float:
-        """What an episode of rewards (T,), the environment's own, counts: their sum, undiscounted.
-
-        Where the metadata say so it is the last of them: kitchen's tasks done, a binary task's success.
-        """
-        return float(rewards[-1] if self.metadata.get("return") == "last reward" else rewards.sum())
-
-    def returns(self) -> np.ndarray:
-        """What every episode counts, (E,)."""
-        episodes = np.split(self.columns["rewards"].astype(np.float64), self.ends[:-1])
-        return np.array([self.episode_return(rewards) for rewards in episodes])
+    def __init__(self, dataset_id: str, download: bool = False):
+        bundled = Path(__file__).resolve().parent / "datasets"
+        if (bundled / dataset_id / "data").exists():
+            os.environ["MINARI_DATASETS_PATH"] = str(bundled)
+        try:
+            self.minari = minari.load_dataset(dataset_id, download)
+            episodes = list(self.minari.iterate_episodes())
+        except Exception as error:  # Minari, h5py and the network raise many kinds
+            near = difflib.get_close_matches(dataset_id, [*TASKS, *minari.list_local_datasets()], 3, 0.0)
+            fail(f"no data {dataset_id!r} ({error}): take one of {near}, or --download fetches others")
+        space, box = self.minari.observation_space, self.minari.action_space
+        if not (len(space.shape or ()) == len(box.shape or ()) == 1 and box.is_bounded()):
+            fail(f"{dataset_id}: observations {space}, actions {box}, but flat and bounded ones are needed")
+        middle, half = (box.high + box.low) / 2, (box.high - box.low) / 2
+        parts = {
+            "observations": [e.observations[:-1] for e in episodes],  # T + 1 rows: the last successor is real
+            "actions": [(e.actions - middle) / half for e in episodes],
+            "rewards": [e.rewards for e in episodes],
+            "next_observations": [e.observations[1:] for e in episodes],
+            "terminations": [e.terminations for e in episodes],  # 0 at a truncation
+        }
+        self.columns = {name: np.concatenate(part).astype(np.float32) for name, part in parts.items()}
+        self.ends = np.cumsum([len(e.actions) for e in episodes])  # (E,) index behind each episode's last row
+        self.metadata = self.minari.storage.metadata
+        rewards = np.split(self.columns["rewards"].astype(np.float64), self.ends[:-1])
+        total = (lambda r: r[-1]) if self.metadata.get("return") == "last reward" else np.sum
+        self.returns = np.array([total(r) for r in rewards])  # (E,) of the environment's own rewards
+        self.columns["rewards"] = self.reward(self.columns["rewards"])
+        print(f"{dataset_id}: {len(rewards)} episodes, mean score {self.score(self.returns.mean()):.1f}")
 
     def reward(self, raw):
         """The reward as every loss sees it: the recording's linear transform of the environment's own."""
         return self.metadata.get("reward_scale", 1.0) * raw + self.metadata.get("reward_bias", 0.0)
 
     def score(self, returns):
-        """Normalised score 100 (R - R_random) / (R_expert - R_random)."""
-        low, high = self.metadata["ref_min_score"], self.metadata["ref_max_score"]
+        """Normalised score 100 (R - R_random) / (R_expert - R_random), by default in the data's range."""
+        low = self.metadata.get("ref_min_score", self.returns.min())
+        high = self.metadata.get("ref_max_score", self.returns.max())
         return 100 * (returns - low) / (high - low)
 
 
-def find_dataset(dataset_id: str, download: bool) -> Path:
-    """Folder of a dataset: $MINARI_DATASETS_PATH, datasets/ beside this script, Minari's home, network."""
-    home, found = Path.home() / ".minari" / "datasets", {}
-    own = Path(os.environ.get("MINARI_DATASETS_PATH") or home)
-    for root in (home, Path(__file__).resolve().parent / "datasets", own):
-        found |= {
-            str(path.relative_to(root).parents[1]): path.parents[1]
-            for path in root.rglob("data/metadata.json")
-        }
-    source, _, name = dataset_id.partition("/")
-    if dataset_id not in found and source in ("d4rl-original", "awac"):
-        command = {
-            "d4rl-original": "d4rl " + name.replace("/", "-"),
-            "awac": "awac {0}2_sparse.npy {0}_bc_sparse4.npy".format(name.split("/")[0]),
-        }
-        fail(f"{dataset_id} is not on this machine: `python make_dataset.py {command[source]}` brings it "
-             "(README, Data)")  # fmt: skip
-    elif dataset_id not in found and download:
-        try:
-            socket.getaddrinfo("huggingface.co", 443)  # without a network Minari would retry for 24 seconds
-            import minari
-
-            minari.download_dataset(dataset_id)
-        except Exception as error:  # its type depends on Minari's backend
-            fail(f"{dataset_id} could not be downloaded ({error}): check the id and the network")
-    elif dataset_id not in found:
-        near = ", ".join(difflib.get_close_matches(dataset_id, [*TASKS, *found], n=3, cutoff=0.0))
-        fail(f"there is no task or dataset {dataset_id!r} on this machine, the nearest names are: {near}. "
-             "Bundled recordings come with a clone of the repository, others with --download")  # fmt: skip
-    return found.get(dataset_id, own / dataset_id)
-
-
-def flattened(space: gym.Space, observations) -> np.ndarray:
-    """Observations (..., O); the parts of a Dict side by side, in the order of their names."""
-    if isinstance(space, gym.spaces.Dict):
-        parts = [flattened(space[key], observations[key]) for key in sorted(space)]
-        return np.concatenate(parts, axis=-1)
-    if not isinstance(space, gym.spaces.Box) or space.dtype.kind != "f" or len(space.shape) != 1:
-        raise ValueError(f"its observations are {space}; the scripts read flat float Box, or Dict of these")
-    return observations
-
-
-def read_episodes(folder: Path) -> dict[str, np.ndarray]:
-    """All transitions of a Minari dataset, and `ends`. ValueError where it is damaged."""
-    import minari
-
-    dataset = minari.MinariDataset(folder / "data")
-    box = dataset.action_space
-    if (
-        not isinstance(box, gym.spaces.Box)
-        or box.dtype.kind != "f"
-        or not box.is_bounded()
-        or len(box.shape) != 1
-    ):
-        raise ValueError(f"its actions are {box}; the scripts need a flat float Box with finite bounds")
-    low, high = box.low, box.high
-    episodes = list(dataset.iterate_episodes())
-    if not episodes:
-        raise ValueError("it holds no episode")
-    observations = [flattened(dataset.observation_space, e.observations) for e in episodes]
-    for e, rows in zip(episodes, observations):
-        lengths = [len(x) for x in (rows, e.actions, e.rewards, e.terminations)]
-        if lengths[1] == 0 or lengths != [lengths[1] + 1] + 3 * [lengths[1]]:
-            raise ValueError(f"episode {e.id} has {lengths} observations, actions, rewards, terminations")
-    parts = dict(
-        observations=[rows[:-1] for rows in observations],  # T + 1 rows: the last successor is real
-        actions=[(e.actions - (high + low) / 2) / ((high - low) / 2) for e in episodes],  # to [-1, 1]
-        rewards=[e.rewards for e in episodes],
-        next_observations=[rows[1:] for rows in observations],
-        terminations=[e.terminations for e in episodes],  # a truncation is none
-    )
-    columns = {name: np.concatenate(part).astype(np.float32) for name, part in parts.items()}
-    for name, column in columns.items():
-        if not np.isfinite(column).all():
-            raise ValueError(f"{name} hold NaN or infinite values")
-    return columns | {"ends": np.cumsum([len(e.actions) for e in episodes])}
-
-
-def load_dataset(dataset_id: str, download: bool = False) -> Dataset:
-    """The dataset, from a float32 cache if this content was read before; one sentence and exit if damaged."""
-    folder = find_dataset(dataset_id, download)
-    try:
-        metadata, checksum = json.loads((folder / "data/metadata.json").read_text()), dataset_checksum(folder)
-        assert metadata.get("data_checksum", checksum) == checksum, "its data have another checksum"
-        how = inspect.getsource(read_episodes) + inspect.getsource(flattened)
-        how += str([metadata.get("observation_space"), metadata.get("action_space")])
-        reader = zlib.crc32(how.encode())  # another reader or other bounds, another file
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "smac"
-        cache /= f"{checksum}-{reader:08x}.npz"
-        try:
-            cached = np.load(cache)
-            columns = {name: cached[name] for name in (*transition_widths(1, 1), "ends")}
-        except Exception:  # none yet, or a damaged one
-            columns, cached = read_episodes(folder), None
-        scores = metadata.get("ref_min_score"), metadata.get("ref_max_score")
-        assert all(x is None or math.isfinite(x) for x in scores), "its reference scores are no numbers"
-        assert None in scores or scores[0] < scores[1], "its lower reference score is not the lower one"
-    except Exception as error:  # h5py, Minari and zip files raise many kinds
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        fail(f"dataset {folder} can't be read ({reason}): restore or record it again")
-    try:
-        if cached is None:
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(cache, lambda path: np.savez(path.open("wb"), **columns))
-    except OSError as error:
-        print(f"note: no cache written ({error}); the next start loads as slowly as this one")
-    data = Dataset(columns, columns.pop("ends"), metadata, checksum)
-    if None in scores:
-        low, high = float(data.returns().min()), float(data.returns().max())
-        metadata |= dict(ref_min_score=low, ref_max_score=high if high > low else low + 1)
-        print(
-            f"note: {dataset_id} names no reference scores: 0 and 100 stand for its lowest and highest return"
-        )
-    return data
-
-
-def select_episodes(data: Dataset, best: float, share: float, seed: int) -> Dataset:
-    """The dataset cut to its share `best` of highest returns, and of these to a random `share`."""
-    if best == share == 1:
-        return data
-    order = np.argsort(-data.returns(), kind="stable")[: max(1, round(best * len(data.ends)))]
-    random = np.random.default_rng(stream_seed(seed, "selection"))
-    kept = np.sort(random.permutation(order)[: max(1, round(share * len(order)))])
-    starts = np.r_[0, data.ends[:-1]]
-    rows = np.concatenate([np.arange(starts[i], data.ends[i]) for i in kept])
-    columns = {name: column[rows] for name, column in data.columns.items()}
-    return data._replace(columns=columns, ends=np.cumsum(data.ends[kept] - starts[kept]))
-
-
-def returns_to_go(rewards, terminations, ends, gamma: float) -> np.ndarray:
+def returns_to_go(rewards: np.ndarray, terminations: np.ndarray, ends: np.ndarray, gamma: float):
     """G_t = r_t + gamma G_(t+1) within each episode, (T,); rewards (T,) as the TD target sees them.
 
-    Behind a termination comes 0, behind a truncation mean(last 20 rewards) / (1 - gamma): a zero there would
-    call the last steps of every episode that time cut off the best ones (or the worst).
+    After a termination comes 0, after a truncation mean(last 20 rewards) / (1 - gamma): a zero there would
+    make the last steps of every episode that time cut off look the best ones (or the worst).
     """
-    if gamma == 1 and not all(terminations[end - 1] for end in ends):
-        fail("--gamma 1 gives episodes that time cut off an infinite return: take one below 1")
     result = np.zeros(len(rewards))
     for start, end in zip(np.r_[0, ends[:-1]], ends):
         tail = 0.0 if terminations[end - 1] else rewards[max(start, end - 20) : end].mean() / (1 - gamma)
@@ -426,92 +177,46 @@ def returns_to_go(rewards, terminations, ends, gamma: float) -> np.ndarray:
     return result
 
 
-class HealthyRewardAtFall(gym.Wrapper):
-    """Hopper and Walker2d as in Gym's v2 to v4: the healthy reward of 1 is paid on the falling step, too."""
-
-    def step(self, action):
-        observation, reward, terminated, truncated, info = self.env.step(action)
-        return observation, reward + float(terminated), terminated, truncated, info
-
-
-class BinaryReward(gym.Wrapper):
-    """Adroit as in AWAC and Cal-QL: -1 a step, 0 on the step that succeeds, which ends the episode."""
-
-    def step(self, action):
-        observation, _, terminated, truncated, info = self.env.step(action)
-        success = bool(info["success"])
-        return observation, success - 1.0, terminated or success, truncated, info
-
-
-class LatchedKitchen(gym.Wrapper):
-    """D4RL's kitchen: joints and objects (30,) without velocities; reward: tasks done so far (latched)."""
-
-    def __init__(self, env: gym.Env):
-        super().__init__(env)
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (30,), np.float32)
-
-    def view(self, observation: dict) -> np.ndarray:
-        full = observation["observation"]  # 9 joints, their velocities, 21 object coordinates, theirs
-        return np.r_[full[:9], full[18:39]].astype(np.float32)
-
-    def reset(self, **kwargs):
-        observation, info = self.env.reset(**kwargs)
-        return self.view(observation), info
-
-    def step(self, action):
-        observation, _, terminated, truncated, info = self.env.step(action)
-        done = info["episode_task_completions"]
-        return self.view(observation), float(len(done)), terminated, truncated, info
-
-
-WRAPPERS = {wrapper.__name__: wrapper for wrapper in (HealthyRewardAtFall, BinaryReward, LatchedKitchen)}
-
-
-def make_env(spec: str | gym.envs.registration.EnvSpec, wrappers: Sequence[str] = (), **kwargs) -> gym.Env:
-    """The environment in the named wrappers, with flat observations and actions in [-1, 1]."""
-    env = gym.make(spec, **kwargs)
-    for name in wrappers:
-        env = WRAPPERS[name](env)
-    if isinstance(env.observation_space, gym.spaces.Dict):
-        flat = gym.spaces.Box(-np.inf, np.inf, (gym.spaces.flatdim(env.observation_space),), np.float32)
-        env = gym.wrappers.TransformObservation(env, partial(flattened, env.observation_space), flat)
+def make_env(data: Dataset, eval_env: bool = False) -> gym.Env:
+    """The recording's environment, in the wrappers that its spec names, with actions in [-1, 1]."""
+    env = data.minari.recover_environment(eval_env)
     one = np.ones(env.action_space.shape, np.float32)
     unit = (env.action_space.low == -one).all() and (env.action_space.high == one).all()
     return env if unit else gym.wrappers.RescaleAction(env, -one, one)
 
 
-class ReplayBuffer:
-    """Transitions as rows of one float32 matrix, so that one gather fetches a batch; widths as above."""
+class ReplayBuffer(nn.Module):
+    """Transitions as rows of one matrix: one gather fetches a batch. Saved and restored like a network."""
 
-    def __init__(self, widths: dict[str, int], capacity: int, device: torch.device | str = "cpu"):
-        self.widths, self.size = widths, 0
-        self.rows = torch.zeros(capacity, sum(max(width, 1) for width in widths.values()), device=device)
-        self.filled = torch.zeros((), dtype=torch.float64, device=device)  # `size`, for CUDA graphs
+    def __init__(self, columns: dict[str, np.ndarray], device: str, capacity: int = 0):
+        """Holds `columns`, arrays (T, ...); with a capacity it is empty, and they only say what a row is."""
+        super().__init__()
+        self.widths = {name: math.prod(c.shape[1:]) for name, c in columns.items()}
+        self.scalars = [name for name, c in columns.items() if c.ndim == 1]
+        shape = (capacity or len(columns["actions"]), sum(self.widths.values()))
+        self.register_buffer("rows", torch.zeros(shape, device=device))
+        self.register_buffer("size", torch.tensor(0))
+        self.register_buffer("episodes", torch.tensor(0))  # that have ended; the next one's seed
+        if not capacity:
+            self.add(**columns)
 
-    def add(self, *columns) -> None:
-        """Append a transition, or T of them as arrays (T, ...), columns in the order of `widths`."""
-        parts = [torch.as_tensor(column, dtype=torch.float32) for column in columns]
-        rows = torch.cat([p.reshape(-1, max(w, 1)) for p, w in zip(parts, self.widths.values())], dim=1)
-        if self.size + len(rows) > len(self.rows):
-            raise IndexError(f"the buffer holds {len(self.rows)} transitions and is full")
-        self.rows[self.size : self.size + len(rows)] = rows
+    def add(self, **columns) -> None:
+        """Appends a transition, or T of them as arrays (T, ...)."""
+        rows = np.concatenate([np.reshape(columns[n], (-1, w)) for n, w in self.widths.items()], axis=1)
+        self.rows[self.size : self.size + len(rows)] = torch.as_tensor(rows, dtype=torch.float32)
         self.size += len(rows)
-        self.filled.fill_(self.size)
 
     def sample_rows(self, count: int) -> Tensor:
         """`count` rows drawn uniformly with replacement, (count, columns)."""
-        if self.filled.is_cuda:  # no Python number: a captured update has to see the buffer grow
-            uniform = torch.rand(count, dtype=torch.float64, device="cuda")
-            return self.rows[(uniform * self.filled).long()]
-        return self.rows[torch.randint(self.size, (count,))]
+        return self.rows[torch.randint(int(self.size), (count,), device=self.rows.device)]
 
     def split(self, rows: Tensor) -> dict[str, Tensor]:
         """Rows (B, columns) as named tensors: (B, width), or (B,) for a scalar."""
-        parts = rows.split([max(width, 1) for width in self.widths.values()], dim=1)
-        return {n: p if w else p.squeeze(1) for (n, w), p in zip(self.widths.items(), parts)}
+        parts = dict(zip(self.widths, rows.split(list(self.widths.values()), dim=1)))
+        return {name: part.squeeze(1) if name in self.scalars else part for name, part in parts.items()}
 
 
-# === Networks ==============================================================================================
+# === Networks and optimiser ================================================================================
 
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0  # CleanRL, sac_continuous_action.py
 
@@ -519,9 +224,8 @@ LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0  # CleanRL, sac_continuous_action.py
 class MLP(nn.Module):
     """N independent multilayer perceptrons, evaluated together by one batched product a layer.
 
-    Input (B, I), the same for all, or (N, B, I); output (N, B, O); weights (N, fan_in, fan_out), drawn as by
-    nn.Linear. `mean` and `std` normalise the inputs by the dataset's observation statistics (0 and 1 for what
-    is no observation): part of the network, so that a saved policy can't lose them.
+    Input (B, I), the same for all, or (N, B, I); output (N, B, O); weights (N, fan_in, fan_out). `mean` and
+    `std` normalise observations by the dataset's (0 and 1: other inputs), so a saved policy can't lose them.
     """
 
     def __init__(self, n: int, sizes: list[int], activation: str = "relu", layer_norm: bool = False):
@@ -530,7 +234,7 @@ class MLP(nn.Module):
         draw = lambda fan_in, *shape: torch.empty(shape).uniform_(-(fan_in**-0.5), fan_in**-0.5)
         self.weights = nn.ParameterList([draw(i, n, i, o) for i, o in pairwise(sizes)])
         self.biases = nn.ParameterList([draw(i, n, 1, o) for i, o in pairwise(sizes)])
-        normed = sizes[1:-1] if layer_norm else []  # LayerNorm stands before the activation
+        self.layer_norm, normed = layer_norm, sizes[1:-1] if layer_norm else []
         self.gains = nn.ParameterList([torch.ones(n, 1, o) for o in normed])
         self.shifts = nn.ParameterList([torch.zeros(n, 1, o) for o in normed])
         self.register_buffer("mean", torch.zeros(sizes[0]))
@@ -538,14 +242,15 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = ((x - self.mean) / self.std).expand(self.n, -1, -1)
-        for i, (weight, bias) in enumerate(zip(self.weights[:-1], self.biases[:-1])):
+        *hidden, (last_weight, last_bias) = zip(self.weights, self.biases)
+        for i, (weight, bias) in enumerate(hidden):
             x = torch.baddbmm(bias, x, weight)  # (N, B, H)
-            if self.gains:
+            if self.layer_norm:
                 x = F.layer_norm(x, x.shape[-1:]) * self.gains[i] + self.shifts[i]
             x = self.activation(x)
-        if self.weights[-1].shape[-1] == 1:  # a scalar is a dot product, for which a matrix product is slow
-            return (x * self.weights[-1].mT).sum(-1, keepdim=True) + self.biases[-1]
-        return torch.baddbmm(self.biases[-1], x, self.weights[-1])
+        if last_weight.shape[-1] == 1:  # a scalar is a dot product, for which a matrix product is slow
+            return (x * last_weight.mT).sum(-1, keepdim=True) + last_bias
+        return torch.baddbmm(last_bias, x, last_weight)
 
 
 def squashed_gaussian_log_prob(u: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
@@ -584,59 +289,15 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     """N critics Q_i(s, a) as one stacked ensemble."""
 
-    def __init__(self, n: int, obs_dim: int, act_dim: int, hidden_sizes, activation: str, layer_norm=False):
+    def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
-        self.net = MLP(n, [obs_dim + act_dim, *hidden_sizes, 1], activation, layer_norm)
+        sizes = [obs_dim + act_dim, *args.hidden_sizes, 1]
+        self.net = MLP(args.num_critics, sizes, args.critic_activation, args.critic_layer_norm)
 
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """q (N, B) for observations (B, O) and actions (B, A), or (N, B, A): one action for each critic."""
+        """Q (N, B) for observations (B, O) and actions (B, A), or (N, B, A): one action for each critic."""
         observations = observations.expand(*actions.shape[:-1], -1)
         return self.net(torch.cat([observations, actions], dim=-1)).squeeze(-1)
-
-
-def q_and_action_gradient(critic: Critic, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-    """q (N, B) and grad_a Q_i(s, a) (N, B, A) by the chain rule, both differentiable in the parameters.
-
-    h_l = f(z_l), z_l = h_(l-1) W_l + b_l, q = h_L w + b:  g_L = w^T,  g_(l-1) = (g_l * f'(z_l)) W_l^T.
-    The same numbers as autograd through its own backward pass, in three quarters of the time.
-    """
-    net, slopes = critic.net, []
-    if net.gains or type(critic) is not Critic:  # LayerNorm, or more than a network: by autograd
-        q, pullback = torch.func.vjp(partial(critic, observations), actions.expand(net.n, -1, -1))
-        return q, pullback(torch.ones_like(q))[0]
-    x = ((torch.cat([observations, actions], dim=-1) - net.mean) / net.std).expand(net.n, -1, -1)
-    for weight, bias in zip(net.weights[:-1], net.biases[:-1]):
-        z = torch.baddbmm(bias, x, weight)
-        s = (z > 0).float() if net.activation is torch.relu_ else torch.sigmoid(z)
-        x = z * s  # f(z) = z s(z), s a step (ReLU) or the sigmoid (SiLU): f' = s + f (1 - s)
-        slopes.append(s + x * (1 - s))
-    gradient = net.weights[-1].mT  # (N, 1, H)
-    for weight, slope in zip(reversed(net.weights[:-1]), reversed(slopes)):
-        gradient = (gradient * slope) @ weight.mT  # (N, B, fan_in)
-    q = (x * net.weights[-1].mT).sum(-1) + net.biases[-1].squeeze(-1)
-    return q, (gradient / net.std)[..., -actions.shape[-1] :]
-
-
-class Agent(nn.Module):
-    """What is handed from offline to online: actor, critics, target critics and the temperature alpha."""
-
-    def __init__(self, obs_dim: int, act_dim: int, hidden_sizes, num_critics=2, critic_activation="relu",
-                 critic_layer_norm=False, target_critics=0, target_entropy=-1.0):  # fmt: skip
-        super().__init__()
-        critic = (num_critics, obs_dim, act_dim, hidden_sizes, critic_activation, critic_layer_norm)
-        self.actor = Actor(obs_dim, act_dim, hidden_sizes)
-        self.critic, self.target_critic = Critic(*critic), Critic(*critic).requires_grad_(False)
-        self.target_critic.load_state_dict(self.critic.state_dict())
-        self.log_alpha = nn.Parameter(torch.zeros(()))
-        self.target_entropy = target_entropy * act_dim
-        self.target_critics = target_critics or num_critics
-
-
-def make_agent(settings: dict) -> Agent:
-    """Fresh networks as a run's or a checkpoint's settings describe them."""
-    names = ("obs_dim", "act_dim", "hidden_sizes", "num_critics", "critic_activation", "critic_layer_norm",
-             "target_critics", "target_entropy")  # fmt: skip
-    return Agent(*(settings[name] for name in names))
 
 
 class ScoreNet(nn.Module):
@@ -645,41 +306,45 @@ class ScoreNet(nn.Module):
     a_t = sqrt(abar_t) a + sigma_t e, e ~ N(0, I), sigma_t = sqrt(1 - abar_t), growing geometrically.
     """
 
-    def __init__(self, obs_dim: int, act_dim: int, hidden_sizes, levels: int, sigma_1: float):
+    def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
-        self.embedding = nn.Embedding(levels, 16)
-        self.net = MLP(1, [obs_dim + act_dim + 1 + 16, *hidden_sizes, act_dim], "silu")
-        self.register_buffer("sigma", torch.tensor(np.geomspace(sigma_1, 0.9, levels), dtype=torch.float32))
+        self.embedding = nn.Embedding(args.score_levels, 16)
+        self.net = MLP(1, [obs_dim + act_dim + 1 + 16, *args.score_hidden_sizes, act_dim], "silu")
+        sigma = np.geomspace(args.score_sigma, 0.9, args.score_levels)
+        self.register_buffer("sigma", torch.tensor(sigma, dtype=torch.float32))
 
     def forward(self, observations: Tensor, noised: Tensor, outcomes: Tensor, levels: Tensor) -> Tensor:
         """The predicted noise (B, A) in a_t = `noised` (B, A), given outcomes w (B,) and levels (B,)."""
         inputs = (observations, noised, outcomes[:, None], self.embedding(levels))
         return self.net(torch.cat(inputs, dim=-1)).squeeze(0)
 
-    def noise(self, actions: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-        """a_t and the noise e in it, both (B, A)."""
-        sigma, e = self.sigma[levels, None], torch.randn_like(actions)
-        return (1 - sigma**2).sqrt() * actions + sigma * e, e
-
-    def score(self, observations: Tensor, actions: Tensor, outcomes: Tensor, levels: Tensor) -> Tensor:
-        """grad_a log p_t(a|s,w) (B, A) at the point a, p_t the data's density smoothed at sigma_t.
-
-        score = -(sqrt(abar_t) / sigma_t) eps_omega(s, sqrt(abar_t) a, w, t): eps predicts the NOISE, which
-        points away from the data, hence the minus sign.
-        """
-        sigma = self.sigma[levels, None]
+    def score(self, observations: Tensor, actions: Tensor, outcomes: Tensor) -> Tensor:
+        """grad_a log p_1(a|s,w) (B, A) at the point a, p_1 the data's density smoothed at sigma_1."""
+        level_1 = torch.zeros(len(actions), dtype=torch.long, device=actions.device)
+        sigma = self.sigma[level_1, None]
         scale = (1 - sigma**2).sqrt()
-        return -(scale / sigma) * self(observations, scale * actions, outcomes, levels)
+        # eps predicts the NOISE, which points away from the data: hence the minus sign
+        return -(scale / sigma) * self(observations, scale * actions, outcomes, level_1)
 
 
-# === Muon ==================================================================================================
+class Agent(nn.Module):
+    """All that a run trains. Actor, critics, target critics and temperature alpha are what goes online."""
+
+    def __init__(self, obs_dim: int, act_dim: int, args: Args, score_net: ScoreNet | None = None):
+        super().__init__()
+        self.actor = Actor(obs_dim, act_dim, args.hidden_sizes)
+        self.critic = Critic(obs_dim, act_dim, args)
+        self.target_critic = Critic(obs_dim, act_dim, args).requires_grad_(False)
+        self.target_critic.load_state_dict(self.critic.state_dict())
+        self.log_alpha = nn.Parameter(torch.zeros(()))
+        self.score_scale = MLP(1, [obs_dim, 64, 1], "silu")  # alpha_psi(s), before its softplus
+        self.score_net = score_net
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     """Newton-Schulz (Jordan et al. 2024): nearly the polar factor of each matrix in (K, rows, cols).
 
-    X = U / ||U||_F, then five times X <- a X + (b A + c A A) X with A = X X^T. Singular values above 1% of
-    the Frobenius norm end within [0.68, 1.13], smaller ones below.
+    X = U / ||U||_F, then five times X <- a X + (b A + c A A) X with A = X X^T: singular values come near 1.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.shape[-2] > matrices.shape[-1]
@@ -694,60 +359,41 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Muon for stacks of hidden weight matrices (N, fan_in, fan_out), each matrix on its own.
 
-    M <- lerp(M, G, 1 - momentum);  U = lerp(G, M, momentum);  W <- W (1 - lr wd) - lr s orthogonalize(U)
-    s = 0.2 sqrt(max(fan_in, fan_out)), which makes steps as long as Adam's ("match_rms_adamw"), or
-    sqrt(max(1, fan_out / fan_in)) ("original"). Matrices of one shape, critics' and actor's, share one
-    batched chain. What has no gradient is not stepped: stale momentum would make a step of full size.
+    M <- lerp(M, G, 1 - momentum);  U = lerp(G, M, momentum);  W <- W - lr s orthogonalize(U)
+    s = 0.2 sqrt(max(fan_in, fan_out)) makes steps as long as Adam's. Weights without a gradient stay.
     """
 
-    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0, scale="match_rms_adamw"):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, scale=scale))
+    def __init__(self, params, lr: float, momentum: float = 0.95):
+        super().__init__(params, dict(lr=lr, momentum=momentum))
 
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            stepped = [p for p in group["params"] if p.grad is not None]
-            for fan_in, fan_out in dict.fromkeys(tuple(p.shape[1:]) for p in stepped):
-                params = [p for p in stepped if p.shape[1:] == (fan_in, fan_out)]
-                for p in (p for p in params if "momentum" not in self.state[p]):
+            for p in (p for p in group["params"] if p.grad is not None):
+                if not self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p)
-                gradients, momenta = [p.grad for p in params], [self.state[p]["momentum"] for p in params]
-                torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-                u = torch.cat(gradients).lerp(torch.cat(momenta), group["momentum"])  # (K, fan_in, fan_out)
-                original = group["scale"] == "original"
-                s = max(1, fan_out / fan_in) ** 0.5 if original else 0.2 * max(fan_in, fan_out) ** 0.5
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                directions = orthogonalize(u).split([len(p) for p in params])
-                torch._foreach_add_(params, directions, alpha=-group["lr"] * s)
+                momentum = self.state[p]["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                u = p.grad.lerp(momentum, group["momentum"])
+                p.add_(orthogonalize(u), alpha=-group["lr"] * 0.2 * max(p.shape[1:]) ** 0.5)
 
 
-def make_optimizers(agent: Agent, kind: str, args: Args, score_scale: Iterable[Tensor] = ()) -> list:
-    """Fresh optimisers: Muon for the hidden-to-hidden weights if `kind` says so, Adam for everything else."""
-    nets = (agent.critic.net, agent.actor.net) if kind == "muon" else ()
-    hidden = [w for net in nets for w in net.weights[1:-1]]
-    rest = lambda params: [p for p in params if all(p is not h for h in hidden)]
-    slow = {"params": rest([*agent.actor.parameters(), agent.log_alpha]), "lr": args.actor_lr}
-    fast = {"params": rest([*agent.critic.parameters(), *score_scale]), "lr": args.critic_lr}
-    adam = torch.optim.Adam([slow, fast], fused=True, capturable=True)
-    return [Muon(hidden, args.muon_lr), adam] if hidden else [adam]
+def make_optimizers(agent: Agent, kind: str, args: Args) -> dict[str, torch.optim.Optimizer]:
+    """Fresh optimisers: Muon for the hidden-to-hidden weights if `kind` says so, Adam for all the rest."""
+    hidden = [w for net in (agent.critic.net, agent.actor.net) for w in net.weights[1:-1] if kind == "muon"]
+    without = lambda taken, params: [p for p in params if p.requires_grad and all(p is not t for t in taken)]
+    actor = without(hidden, [*agent.actor.parameters(), agent.log_alpha])
+    groups = [{"params": actor, "lr": args.actor_lr},
+              {"params": without([*hidden, *actor], agent.parameters()), "lr": args.critic_lr}]  # fmt: skip
+    muon = {"muon": Muon(hidden, args.muon_lr)} if hidden else {}
+    return muon | {"adam": torch.optim.Adam(groups, fused=True)}
 
 
-# === Losses ================================================================================================
+# === Losses and updates ====================================================================================
 
 
 def td_target(rewards, terminations, next_q, next_log_prob, alpha, gamma: float) -> Tensor:
-    """y = r + gamma (1 - terminal) (min_j Qbar_j(s', a') - alpha log pi(a'|s')). A truncation bootstraps.
-
-    next_q (N, B), all others (B,) -> (B,).
-    """
+    """y = r + gamma (1 - terminal) (min_j Qbar_j(s', a') - alpha log pi(a'|s')), (B,); next_q (N, B)."""
     return rewards + gamma * (1 - terminations) * (next_q.amin(dim=0) - alpha * next_log_prob)
-
-
-def drawn(next_q: Tensor, count: int) -> Tensor:
-    """`count` of the N critics' values, (count, B), drawn without replacement (REDQ); next_q (N, B)."""
-    if count == len(next_q):
-        return next_q
-    return next_q[torch.rand(len(next_q), device=next_q.device).topk(count).indices]
 
 
 def td_loss(q: Tensor, y: Tensor) -> Tensor:
@@ -765,564 +411,217 @@ def temperature_loss(log_alpha: Tensor, log_prob: Tensor, target_entropy: float)
     return -(log_alpha.exp() * (log_prob.detach() + target_entropy)).mean()
 
 
-def denoising_loss(predicted: Tensor, noise: Tensor) -> Tensor:
-    """E|| e - eps_omega(s, a_t, w, t) ||^2, summed over actions, mean over the batch; both (B, A)."""
-    return ((noise - predicted) ** 2).sum(-1).mean()
+def denoising_loss(score_net: ScoreNet, batch: dict[str, Tensor], levels: Tensor) -> Tensor:
+    """E|| e - eps_omega(s, a_t, w, t) ||^2, summed over actions, mean over the batch; levels t (B,)."""
+    sigma, e = score_net.sigma[levels, None], torch.randn_like(batch["actions"])
+    noised = (1 - sigma**2).sqrt() * batch["actions"] + sigma * e
+    predicted = score_net(batch["observations"], noised, batch["outcomes"], levels)
+    return ((e - predicted) ** 2).sum(-1).mean()
 
 
 def score_matching_loss(grad_q: Tensor, score: Tensor, scale: Tensor) -> Tensor:
-    """L_SM = E|| grad_a Q(s,a) - alpha_psi(s) score(s,a,w) ||^2, summed over actions, mean over the batch.
-
-    grad_q (B, A), of the critics' mean; score (B, A); scale = alpha_psi, (B, 1) or ().
-    """
+    """E|| grad_a Q(s,a) - alpha_psi(s) score(s,a,w) ||^2: vectors (B, A), alpha_psi = scale (B, 1) or ()."""
     return ((grad_q - scale * score) ** 2).sum(-1).mean()
 
 
-# === Update steps ==========================================================================================
-
-
-def bellman_target(agent: Agent, batch: dict[str, Tensor], gamma: float) -> Tensor:
+@torch.no_grad()
+def bellman_target(agent: Agent, batch: dict[str, Tensor], args: Args) -> Tensor:
     """The soft Bellman target (B,) of a batch, with a' ~ pi(.|s') and the target critics."""
-    with torch.no_grad():
-        next_actions, next_log_prob = agent.actor.sample(batch["next_observations"])
-        next_q = agent.target_critic(batch["next_observations"], next_actions)
-        next_q, alpha = drawn(next_q, agent.target_critics), agent.log_alpha.exp()
-        return td_target(batch["rewards"], batch["terminations"], next_q, next_log_prob, alpha, gamma)
+    next_actions, next_log_prob = agent.actor.sample(batch["next_observations"])
+    next_q = agent.target_critic(batch["next_observations"], next_actions)
+    if 0 < args.target_critics < len(next_q):  # REDQ: the minimum of some, drawn without replacement
+        next_q = next_q[torch.rand(len(next_q), device=next_q.device).topk(args.target_critics).indices]
+    alpha = agent.log_alpha.exp()
+    return td_target(batch["rewards"], batch["terminations"], next_q, next_log_prob, alpha, args.gamma)
 
 
-def critic_gradients(agent: Agent, batch: dict[str, Tensor], gamma: float) -> dict[str, Tensor]:
+def critic_gradients(agent: Agent, batch: dict[str, Tensor], args: Args) -> dict[str, Tensor]:
     """Puts the gradient of the soft Bellman error, SAC's critic loss, into the critics' `.grad`."""
     q = agent.critic(batch["observations"], batch["actions"])
-    loss = td_loss(q, bellman_target(agent, batch, gamma))
+    loss = td_loss(q, bellman_target(agent, batch, args))
     loss.backward(inputs=list(agent.critic.parameters()))
     return {"critic_loss": loss.detach(), "q": q.detach().mean()}
 
 
-def actor_gradients(agent: Agent, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def smac_critic_gradients(agent: Agent, batch: dict[str, Tensor], args: Args) -> dict[str, Tensor]:
+    """Puts the gradient of L_AC + kappa L_SM into `.grad` of the critics and of alpha_psi."""
+    observations, actions, score = batch["observations"], batch["actions"], batch["scores"]
+    points = actions
+    if args.score_actions == "policy":
+        with torch.no_grad():
+            points = agent.actor.sample(observations)[0]
+            score = agent.score_net.score(observations, points, batch["outcomes"])
+    copies = points.expand(args.num_critics, -1, -1)  # one for each critic, whose gradient it gets
+    q, pullback = torch.func.vjp(lambda a: agent.critic(observations, a), copies)  # Q_i(s, a), (N, B)
+    grad_q = pullback(torch.ones_like(q))[0].mean(dim=0)  # of the critics' mean, (B, A)
+    q = q if points is actions else agent.critic(observations, actions)
+    score = {"none": score, "zero": 0 * score, "shuffled": score.roll(1, dims=0)}[args.score_control]
+    alpha_psi = F.softplus(agent.score_scale(observations)).squeeze(0)  # (B, 1)
+    alpha_psi = agent.log_alpha.exp().detach() if args.alpha_psi == "temperature" else alpha_psi
+    loss_td = td_loss(q, bellman_target(agent, batch, args))
+    loss_sm = score_matching_loss(grad_q, score, alpha_psi)
+    parameters = [*agent.critic.parameters(), *agent.score_scale.parameters()]
+    (loss_td + args.kappa * loss_sm).backward(inputs=parameters)
+    metrics = dict(critic_loss=loss_td, score_matching_loss=loss_sm, q=q, alpha_psi=alpha_psi,
+                   grad_q=grad_q.norm(dim=-1), cosine=F.cosine_similarity(grad_q, score, dim=-1))  # fmt: skip
+    return {name: value.detach().mean() for name, value in metrics.items()}
+
+
+def actor_gradients(agent: Agent, batch: dict[str, Tensor], args: Args) -> dict[str, Tensor]:
     """Puts the gradients of L_pi and L_alpha into `.grad`: one sample of actions serves both."""
     actions, log_prob = agent.actor.sample(batch["observations"])
     alpha = agent.log_alpha.exp()
     loss_pi = actor_loss(agent.critic(batch["observations"], actions), log_prob, alpha.detach())
-    loss_alpha = temperature_loss(agent.log_alpha, log_prob, agent.target_entropy)
+    loss_alpha = temperature_loss(agent.log_alpha, log_prob, args.target_entropy * actions.shape[-1])
     (loss_pi + loss_alpha).backward(inputs=[*agent.actor.parameters(), agent.log_alpha])
-    return {"actor_loss": loss_pi.detach(), "temperature_loss": loss_alpha.detach(),
-            "alpha": alpha.detach(), "entropy": -log_prob.detach().mean()}  # fmt: skip
+    return {"actor_loss": loss_pi.detach(), "alpha": alpha.detach(), "entropy": -log_prob.detach().mean()}
 
 
-def apply_gradients(optimizers: list[torch.optim.Optimizer]) -> None:
-    """Steps every parameter that has a gradient."""
-    for optimizer in optimizers:
+def update(agent: Agent, optimizers: dict, batch: dict, args: Args, critic=critic_gradients, actor=True):
+    """Steps the critics, with `actor` also actor and temperature, then targets: Qbar += tau (Q - Qbar)."""
+    metrics = critic(agent, batch, args) | (actor_gradients(agent, batch, args) if actor else {})
+    for optimizer in optimizers.values():
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-
-@torch.no_grad()
-def polyak_update(target: nn.Module, source: nn.Module, tau: float) -> None:
-    """Target parameters take a step towards the source's: Qbar <- Qbar + tau (Q - Qbar)."""
-    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
-
-
-def smac_critic_gradients(agent: Agent, score_scale: MLP, score_net: ScoreNet, batch, args: Args) -> dict:
-    """Puts the gradient of L_AC + kappa L_SM into `.grad` of the critics and of alpha_psi."""
-    observations, actions = batch["observations"], batch["actions"]
-    points, score = actions, batch["scores"]
-    if args.score_actions == "policy":
-        with torch.no_grad():
-            points = agent.actor.sample(observations)[0]
-            level_1 = torch.zeros(len(points), dtype=torch.long, device=points.device)
-            score = score_net.score(observations, points, batch["outcomes"], level_1)
-    score = {"none": score, "zero": 0 * score, "shuffled": score.roll(1, dims=0)}[args.score_control]
-    q, grad_q = q_and_action_gradient(agent.critic, observations, points)  # (N, B), (N, B, A)
-    if points is not actions:
-        q = agent.critic(observations, actions)
-    alpha_psi = F.softplus(score_scale(observations)).squeeze(0)  # (B, 1)
-    alpha_psi = agent.log_alpha.exp().detach() if args.alpha_psi == "temperature" else alpha_psi
-    near_bounds = (points.abs() > 1 - 2 * args.score_sigma).float()
-    loss_td = td_loss(q, bellman_target(agent, batch, args.gamma))
-    loss_sm = score_matching_loss(grad_q.mean(dim=0), score, alpha_psi)
-    (loss_td + args.kappa * loss_sm).backward(inputs=[*agent.critic.parameters(), *score_scale.parameters()])
-    metrics = {"critic_loss": loss_td, "score_matching_loss": loss_sm, "q": q.mean(),
-               "alpha_psi": alpha_psi.mean(), "near_bounds": near_bounds.mean()}  # fmt: skip
-    return {name: value.detach() for name, value in metrics.items()}
-
-
-def captured(update: Callable, optimizers: list[torch.optim.Optimizer], enabled: bool) -> Callable:
-    """`update`, from its fourth call on replayed as a CUDA graph: one launch in place of hundreds.
-
-    What it reads has to stay in place, what it returns is overwritten by the next call. Three ordinary calls
-    come first: they make the optimiser states and the libraries' workspaces.
-    """
-    calls, graph, result = 0, None, None
-
-    def call():
-        nonlocal calls, graph, result, enabled
-        calls += 1
-        if enabled and calls == 4:
-            try:
-                with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), stream=torch.cuda.current_stream()):
-                    result = update()
-            except RuntimeError as error:
-                print(f"note: no CUDA graph here, every kernel is launched by itself ({error})")
-                enabled = False
-                for optimizer in optimizers:  # what the capture left in .grad is no gradient
-                    optimizer.zero_grad()
-        if not enabled or calls < 4:
-            return update()
-        graph.replay()
-        return result
-
-    return call
+        optimizer.zero_grad()
+    for target, source in zip(agent.target_critic.parameters(), agent.critic.parameters()):
+        target.lerp_(source.detach(), args.tau)
+    return metrics
 
 
 # === Evaluation, logging, checkpoints ======================================================================
 
-FORMAT = 2  # of a checkpoint
-# what a checkpoint and the run that goes on from it have to agree on
-FIXED = ("env_id", "env", "obs_dim", "act_dim", "flattening", "action_bounds", "log_std_bounds",
-         "hidden_sizes", "num_critics", "critic_activation", "critic_layer_norm", "gamma", "reward_scale",
-         "reward_bias", "dataset_checksum")  # fmt: skip
-# settings that a run does not take from a checkpoint
-OWN = {"device", "compile", "download", "resume", "checkpoint", "checkpoint_every", "snapshot_every", "video",
-       "video_only", "online_steps"}  # fmt: skip
-PHASES = ("score", "offline", "alignment", "online")
 LOG_EVERY = 500  # steps of a phase between TensorBoard scalars
-PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "minari")  # their versions go into checkpoints
+
+
+def stream_seed(seed: int, phase: str, index: int = 0) -> int:
+    """Seed of a random stream, from (seed, phase, index) alone: a phase is the same in every script."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{phase}/{index}".encode()).digest()[:4], "little") % 2**31
 
 
 @torch.no_grad()
-def evaluate(actor: Actor, envs: list[gym.Env], device: torch.device | str) -> list[np.ndarray]:
-    """Rewards (T,) of the deterministic policy, one episode in each of E environments.
-
-    Episode i starts from seed 1000 + i in every script: comparisons are paired. All episodes that are still
-    going share one forward pass.
-    """
+def evaluate(actor: Actor, envs: list[gym.Env], device: str) -> list[float]:
+    """Returns of the deterministic policy, one episode per environment; episode i has seed 1000 + i."""
     observations = [env.reset(seed=1000 + i)[0] for i, env in enumerate(envs)]
     rewards, active = [[] for _ in envs], list(range(len(envs)))
-    while active:
+    while active:  # the episodes that are still going share one forward pass
         batch = np.stack([observations[i] for i in active])
         actions = actor.mode(torch.as_tensor(batch, dtype=torch.float32, device=device)).cpu().numpy()
-        if not np.isfinite(actions).all():
-            fail("the policy's actions are not finite: training diverged; lower the learning rates")
         for i, action in zip(tuple(active), actions):
             observations[i], reward, terminated, truncated, _ = envs[i].step(action)
             rewards[i].append(reward)
             if terminated or truncated:
                 active.remove(i)
-    return [np.array(episode) for episode in rewards]
-
-
-def fingerprint(value, crc: int = 0) -> int:
-    """CRC-32 of all that a checkpoint holds: tensors by their bytes, everything else by its text."""
-    if isinstance(value, dict):
-        for key in sorted(value, key=str):
-            crc = fingerprint(value[key], zlib.crc32(str(key).encode(), crc))
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            crc = fingerprint(item, crc)
-    elif isinstance(value, Tensor):
-        crc = zlib.crc32(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy(), crc)
-    else:
-        crc = zlib.crc32(repr(value).encode(), crc)
-    return crc
-
-
-def sealed(state: dict) -> dict:
-    """The checkpoint with its checksum inside."""
-    content = {key: value for key, value in state.items() if key != "checksum"}
-    return content | {"checksum": fingerprint(content)}
-
-
-def read_checkpoint(path: Path) -> tuple[dict, str]:
-    """The content of a checkpoint and "", or {} and a sentence that says why it can't be taken."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        found = state["format"] if isinstance(state, dict) else type(state).__name__
-        intact = found != FORMAT or sealed(state)["checksum"] == state["checksum"]
-    except FileNotFoundError:
-        return {}, f"there is no checkpoint {path}"
-    except Exception as error:  # torch raises many kinds on damaged files
-        return {}, f"{path} is not a readable checkpoint ({type(error).__name__}): take another one"
-    if found != FORMAT:
-        return {}, f"{path} is a checkpoint of format {found}; this script reads format {FORMAT}"
-    if not intact or {*FIXED, "phase", "rows"} - state.keys():
-        return {}, f"{path} is damaged: its content does not have the checksum inside; take another one"
-    return state, ""
+    return [float(np.sum(episode)) for episode in rewards]
 
 
 def load_checkpoint(path: Path) -> dict:
-    """The content of a checkpoint; one sentence and exit if it is missing, damaged or of another format."""
-    state, reason = read_checkpoint(path)
-    if reason:
-        fail(reason)
-    return state
-
-
-def fill(module: nn.Module, saved: dict[str, Tensor], name: str) -> None:
-    """load_state_dict; one sentence and exit where the shapes don't fit or a number isn't finite."""
+    """The content of a checkpoint file."""
     try:
-        module.load_state_dict(saved)
-        assert all(tensor.isfinite().all() for tensor in module.state_dict().values()), "it is not finite"
-    except Exception as error:  # torch lists every key, line by line
-        fail(f"the {name} in the checkpoint can't be taken ({' '.join(str(error).split())[:200]})")
-
-
-def restore(state: dict, device: torch.device | str = "cpu") -> tuple[Agent, ScoreNet | None]:
-    """The agent of a checkpoint, and its score estimator where it has one."""
-    try:
-        agent, score_net = make_agent(state).to(device), None
-    except Exception as error:  # what the settings can be, a damaged file decides
-        fail(f"the checkpoint describes no networks ({type(error).__name__}: {error}): take another one")
-    if "agent" in state:
-        fill(agent, state["agent"], "agent")
-    else:  # a snapshot holds no more than the policy
-        fill(agent.actor, state.get("actor"), "actor")
-    if state.get("score_net"):
-        sizes = (state["obs_dim"], state["act_dim"], state["score_hidden_sizes"])
-        score_net = ScoreNet(*sizes, state["score_levels"], state["score_sigma"]).to(device)
-        fill(score_net, state["score_net"], "score estimator")
-        score_net.requires_grad_(False)
-    return agent, score_net
-
-
-def film(actor: Actor, make: Callable[..., gym.Env], path: Path, device: torch.device | str = "cpu") -> str:
-    """The first episode of every evaluation (seed 1000) as a GIF at `path`; "" or why there is none."""
-    from PIL import Image
-
-    try:
-        env = make(render_mode="rgb_array")
-        observation, done = env.reset(seed=1000)[0], False
-        frames = [env.render()]
-        while not done:
-            row = torch.as_tensor(observation, dtype=torch.float32, device=device)[None]
-            with torch.no_grad():
-                action = actor.mode(row)[0].cpu().numpy()
-            observation, _, terminated, truncated, _ = env.step(action)
-            done = terminated or truncated
-            frames.append(env.render())
-        fps = env.metadata.get("render_fps", 30)
-        every = max(1, round(fps / 25))  # viewers of GIFs show about 25 frames a second
-        first, *rest = (Image.fromarray(frame) for frame in frames[::every])
-    except Exception as error:  # a renderer may fail in any way
-        return (f"the environment can't be rendered here ({error}): without a display try MUJOCO_GL=egl or "
-                "MUJOCO_GL=osmesa, for Pendulum install pygame")  # fmt: skip
-    options = dict(format="gif", save_all=True, append_images=rest, duration=1000 * every / fps, loop=0)
-    write_atomically(path, lambda temporary: first.save(temporary, **options))
-    return ""
-
-
-def film_checkpoint(args: Args) -> None:
-    """--video-only: the GIF beside the checkpoint."""
-    if not args.checkpoint:
-        fail("--video-only needs --checkpoint FILE, the policy to film")
-    path, state = Path(args.checkpoint).with_suffix(".gif"), load_checkpoint(Path(args.checkpoint))
-    make = partial(make_env, state["env"], state.get("wrappers", ()), **state["env_kwargs"])
-    if reason := film(restore(state)[0].actor, make, path):
-        fail(reason)
-    print(f"video: {path}")
-
-
-@torch.no_grad()
-def diagnose(run: "Run", modules: dict[str, nn.Module], rewards: list[np.ndarray]) -> dict[str, float]:
-    """What the mechanism shows, on 2,000 transitions of episodes that the score estimator has not seen.
-
-    cosine_*: mean cosine between grad_a Q(s,a), Q the critics' mean, and score(s,a,w), at recorded and at the
-    policy's actions; grad_q_*: mean |grad_a Q|; q_*: mean Q; q_start: mean Q(s_0, tanh mean) where the
-    evaluation began, and discounted_return: mean sum_t gamma^t r_t it then got; entropy: -E[log pi(a|s)].
-    """
-    agent, score_net = modules["agent"], modules.get("score_net")
-    columns, device = run.data.columns, run.device
-    rows = np.flatnonzero(held_out(run.data)) if held_out(run.data).any() else np.arange(len(run.outcomes))
-    rows = rows[np.linspace(0, len(rows) - 1, 2_000).astype(int)]
-    tensor = lambda array: torch.as_tensor(array, dtype=torch.float32, device=device)
-    s, a, w = (tensor(x[rows]) for x in (columns["observations"], columns["actions"], run.outcomes))
-    with torch.random.fork_rng():  # training draws the same numbers with and without evaluations
-        policy_actions, log_prob = agent.actor.sample(s)
-    starts = tensor(np.stack([env.reset(seed=1000 + i)[0] for i, env in enumerate(run.envs)]))
-    discounted = [np.sum(run.data.reward(r) * run.args.gamma ** np.arange(len(r))) for r in rewards]
-    found = {"alpha": agent.log_alpha.exp(), "alpha_psi": math.nan, "entropy": -log_prob.mean(),
-             "q_start": agent.critic(starts, agent.actor.mode(starts)).mean(),
-             "discounted_return": np.mean(discounted)}  # fmt: skip
-    if "score_scale" in modules and isinstance(score_net, ScoreNet):
-        tied = run.args.alpha_psi == "temperature"
-        found["alpha_psi"] = found["alpha"] if tied else F.softplus(modules["score_scale"](s)).mean()
-    for where, actions in (("dataset", a), ("policy", policy_actions)):
-        q, grad_q = q_and_action_gradient(agent.critic, s, actions)
-        grad_q = grad_q.mean(dim=0)
-        found |= {f"q_{where}": q.mean(), f"grad_q_{where}": grad_q.norm(dim=-1).mean()}
-        found[f"cosine_{where}"] = math.nan
-        if isinstance(score_net, ScoreNet):
-            score = score_net.score(s, actions, w, torch.zeros(len(s), dtype=torch.long, device=device))
-            found[f"cosine_{where}"] = F.cosine_similarity(grad_q, score, dim=-1).mean()
-    return {name: float(value) for name, value in found.items()}
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds on damaged files
+        fail(f"{path} can't be read as a checkpoint ({str(error)[:200]}): take another one, or start again")
 
 
 class Run:
-    """A run's directory and all that is written there; `state` is the checkpoint it goes on from, or {}."""
+    """A run's directory and all that is written there; `state`: the checkpoint it goes on from, or {}."""
 
-    def __init__(self, args: Args, directory: Path, data: Dataset, env_spec, spec: dict, device, state: dict):
-        self.args, self.directory, self.data = args, directory, data
-        self.make_env = partial(make_env, env_spec, data.metadata.get("wrappers", ()))
-        self.spec, self.device, self.state, self.rows = spec, device, state, state.get("rows", [])
-        self.lock = open(directory / "lock", "a+")
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a dead process holds no lock
-        except OSError:
-            fail(
-                f"{directory} is in use by another process (see its lock file): wait for it or stop it first"
-            )
-        self.lock.truncate(0)
-        print(f"process {os.getpid()} on {socket.gethostname()}", file=self.lock, flush=True)
-        for path in directory.glob(".*.*"):  # half-written by a process that was killed
-            path.unlink()
-        self.envs = [self.make_env() for _ in range(args.eval_episodes)]
-        self.saved_at, self.began = time.monotonic(), time.monotonic() - state.get("seconds", 0.0)
-        self.metrics, self.rates, self.updates, self.evaluating, self.stopping = {}, {}, 0, 0.0, 0
-        self.boundary, self.extras = True, {}  # online: between two episodes? where in which episode?
-        self.outcomes = outcomes(data, args.gamma)
-        self.online, self.stored, self.crc = None, 0, 0  # replay; rows and checksum of online_buffer.bin
-        self.handlers = [signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)]
+    def __init__(self, args: Args):
+        gym.logger.min_level = gym.logger.ERROR  # its warnings are about old versions and float64 bounds
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # small products need no more
+        if args.device == "cuda" and not torch.cuda.is_available():
+            fail("--device cuda, but torch finds no GPU here: use --device cpu")
+        self.args, self.device = args, "cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu"
+        self.state = load_checkpoint(Path(args.resume) / "last.pt") if args.resume else {}
+        self.rows, self.saved_at = self.state.get("rows", []), time.monotonic()
+        self.dataset_id = TASKS.get(args.env_id, (args.env_id,))[0]
+        self.data = Dataset(self.dataset_id, args.download)
+        self.obs_dim, self.act_dim = (self.data.columns[n].shape[1] for n in ("observations", "actions"))
+        self.envs = [make_env(self.data, eval_env=True) for _ in range(args.eval_episodes)]
+        start = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09}"  # unlike any other run's
+        name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{start}"
+        self.directory = Path(args.resume or f"runs/{name.replace('/', '-')}")
+        if not args.resume:
+            self.directory.mkdir(parents=True)
+            shutil.copy(__file__, self.directory)
+            config = dict(args=asdict(args), dataset_id=self.dataset_id, torch=torch.__version__)
+            (self.directory / "config.json").write_text(json.dumps(config, indent=2))
+        self.writer = SummaryWriter(self.directory)
+        print(f"run directory: {self.directory}")
 
-    def on_signal(self, number, frame) -> None:
-        if self.stopping:
-            raise KeyboardInterrupt
-        self.stopping = number
-        tqdm.write("stopping: last.pt is being written (once more to leave without it)")
+    def restore(self, phase: str, total: int, **parts) -> int:
+        """The step to go on from: 0, `total` if the phase is done, or the saved one, whose parts it loads."""
+        saved, order = self.state.get("phase", "none"), ("none", "score", "offline", "alignment", "online")
+        if saved != phase:
+            return total if order.index(saved) > order.index(phase) else 0
+        for name, part in parts.items():
+            part.load_state_dict(self.state["parts"][name])
+        torch.set_rng_state(self.state["random_states"][0])
+        torch.cuda.set_rng_state_all(self.state["random_states"][1:])
+        return self.state["step"]
 
-    def close(self) -> None:
-        """Lets go of the directory."""
-        for number, handler in zip((signal.SIGINT, signal.SIGTERM), self.handlers):
-            signal.signal(number, handler)
-        if hasattr(self, "writer"):
-            self.writer.close()
-        self.lock.close()
-
-    def good(self) -> str:
-        """The newest checkpoint, for messages."""
-        files = [self.directory / name for name in ("last.pt", "previous.pt", "offline.pt")]
-        newest = next((path for path in files if path.exists()), None)
-        return f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
-
-    def steps(self, phase: str, total: int, modules: dict, optimizers: list) -> Iterator[int]:
-        """Yields 1 to total, or goes on where a run stopped; behind each step logs, evaluates, saves."""
-        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
-
-        self.phase, self.modules, args = phase, modules, self.args
-        later = PHASES.index(self.state.get("phase", "score")) - PHASES.index(phase)
-        done = 0 if not self.state or later < 0 else total if later else self.state["step"]
-        saved = self.state | self.state["extras"] if done else {}
-        for key in modules.keys() & saved.keys():
-            fill(modules[key], saved[key], key)
-        if done and not later:
-            for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
-            torch.set_rng_state(saved["random_states"][0])
-            torch.cuda.set_rng_state_all(saved["random_states"][1:])
-        # a folder for each phase: steps begin anew, and a resumed phase drops what it is about to repeat
-        self.writer = SummaryWriter(
-            self.directory / "tensorboard" / phase, purge_step=done + 1 if done else None
-        )
-        style = dict(unit="step", dynamic_ncols=True, disable=None)  # a bar on terminals only
-        self.bar = tqdm(range(done + 1, total + 1), phase, initial=done, total=total, **style)
-        if done == 0 and not any(row["phase"] == phase and row["step"] == 0 for row in self.rows):
-            self.evaluate(0)
-        began, self.evaluating, earlier = time.monotonic(), 0.0, self.updates
-        for step in self.bar:
-            yield step
-            if step % LOG_EVERY == 0:
-                self.log(step, self.metrics)
-            dense = phase == "online" and 0 < self.updates <= self.window  # right after the handover
-            grid = step % args.eval_every == 0 or (dense and step % args.handover_eval_every == 0)
-            if grid or step == total:
-                self.evaluate(step)
-            if args.snapshot_every and step % args.snapshot_every == 0 and phase != "score":
-                self.save(f"snapshots/{phase}_{step:09d}.pt", step, {"actor": modules["agent"].actor}, [])
-            late = time.monotonic() - self.saved_at > 60 * args.checkpoint_every
-            if self.stopping or (self.boundary and late):
-                self.save("last.pt", step, modules, optimizers)
-                self.saved_at = time.monotonic()
-            if self.stopping:
-                self.bar.close()
-                print(f"stopped; go on with: python {Path(__file__).name} --resume {self.directory}")
-                raise SystemExit(128 + self.stopping)
-        updates = self.updates - earlier if phase == "online" else total - done
-        self.rates[phase] = updates / (time.monotonic() - began - self.evaluating)
-        self.writer.close()
-        name = {"offline": "offline.pt", "online": "final.pt"}.get(phase)
-        if name and later <= 0 and not (self.directory / name).exists():
-            self.save(name, total, modules, optimizers)
-
-    def evaluate(self, step: int) -> None:
-        """Evaluates the policy: a row in metrics.csv, a line on the screen, two scalars in TensorBoard."""
-        if self.phase in ("score", "alignment"):  # the policy stays what it is
-            return
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()  # updates under way are not the evaluation's time
-        began = time.monotonic()
-        rewards = evaluate(self.modules["agent"].actor, self.envs, self.device)
-        returns = [self.data.episode_return(episode) for episode in rewards]
-        found = diagnose(self, self.modules, rewards)
-        mean, score = float(np.mean(returns)), self.data.score(float(np.mean(returns)))
-        row = dict(phase=self.phase, step=step, updates=self.updates, return_mean=mean, score=score)
-        row |= {"seconds": round(began - self.began, 1)} | found
-        row |= {f"return_{i}": r for i, r in enumerate(returns)}
-        self.rows = [*self.rows, row]
-        names = dict.fromkeys(name for r in self.rows for name in r)  # a checkpoint may have other columns
-        values = ([r.get(name, "") for name in names] for r in self.rows)
-        lines = [",".join(map(str, line)) + "\n" for line in (names, *values)]
-        write_atomically(self.directory / "metrics.csv", lambda path: path.write_text("".join(lines)))
-        new = {k: x for k, x in found.items() if not (math.isnan(x) or k in self.metrics)}
-        self.log(step, {"return": mean, "normalised_score": score} | new)
-        self.bar.write(f"{self.phase:<8} step {step:>9,}   return {mean:9.1f}   score {score:6.1f}")
-        self.bar.set_postfix_str(f"score {score:.1f}")
-        self.evaluating += time.monotonic() - began
-
-    def log(self, step: int, metrics: dict) -> None:
-        """Scalars phase/name for TensorBoard. The only place where an update's numbers leave the device."""
-        for name, value in ((name, float(value)) for name, value in metrics.items()):
+    def log(self, phase: str, step: int, metrics: dict[str, Tensor | float]) -> dict[str, float]:
+        """TensorBoard scalars phase/name; the only place where an update's numbers leave the device."""
+        metrics = {name: float(value) for name, value in metrics.items()}
+        for name, value in metrics.items():
             if not math.isfinite(value):
-                at = f"{name} is {value} at {self.phase} step {step}"
-                fail(f"{at}, training diverged: lower the learning rates; {self.good()}")
-            self.writer.add_scalar(f"{self.phase}/{name}", value, step)
+                fail(f"{name} is {value} at {phase} step {step}: lower the learning rates, or look for NaN "
+                     f"in the data; the last good checkpoints are in {self.directory}")  # fmt: skip
+            self.writer.add_scalar(f"{phase}/{name}", value, step)
+        return metrics
 
-    def save(self, name: str, step: int, modules: dict[str, nn.Module], optimizers: list) -> None:
-        """Writes a checkpoint of the shelf's format; an earlier last.pt becomes previous.pt."""
-        path, extras = self.directory / name, dict(self.extras)
-        try:
-            path.parent.mkdir(exist_ok=True)
-            if name == "last.pt" and self.online:  # new transitions go to the end of online_buffer.bin
-                new = self.online.rows[self.stored : self.online.size].cpu().numpy().tobytes()
-                with open(self.directory / "online_buffer.bin", "ab" if self.stored else "wb") as file:
-                    file.write(new)
-                self.stored, self.crc = self.online.size, zlib.crc32(new, self.crc)
-                extras |= {"online_rows": self.stored, "online_crc": self.crc}
-            state = dict(self.spec, format=FORMAT, phase=self.phase, step=step, rows=self.rows, extras=extras)
-            for key, module in modules.items():  # what only this algorithm knows goes under extras
-                (state if key in ("agent", "actor", "score_net") else extras)[key] = module.state_dict()
-            state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-            state["random_states"] = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-            state["seconds"] = time.monotonic() - self.began
-            for key, tensor in (
-                (k, t) for module in modules.values() for k, t in module.state_dict().items()
-            ):
-                if not tensor.isfinite().all():  # what is saved is good
-                    fail(f"{key} is not finite at {self.phase} step {step}, training diverged: lower the "
-                         f"learning rates; {self.good()}")  # fmt: skip
+    def evaluate(self, phase: str, step: int, updates: int, agent: Agent, metrics: dict) -> None:
+        """Evaluates the policy: a row in metrics.csv, a line on the screen, scalars in TensorBoard."""
+        returns = evaluate(agent.actor, self.envs, self.device)
+        mean = np.mean(returns)
+        row = self.log(phase, step, {"score": self.data.score(mean), "return": mean} | metrics)
+        self.rows.append(dict(phase=phase, step=step, updates=updates) | row)
+        self.rows[-1] |= {f"return_{i}": r for i, r in enumerate(returns)}
+        names = dict.fromkeys(name for row in self.rows for name in row)
+        with open(self.directory / "metrics.csv", "w", newline="") as file:
+            table = csv.DictWriter(file, sorted(names, key=lambda name: name.startswith("return_")))
+            table.writeheader()
+            table.writerows(self.rows)
+        tqdm.write(f"{phase:<8} step {step:>9,}   return {mean:9.1f}   score {row['score']:6.1f}")
 
-            def write(temporary: Path) -> None:
-                torch.save(sealed(state), temporary)
-                if name == "last.pt" and path.exists():  # only now, with the new one complete
-                    os.replace(path, path.with_name("previous.pt"))
+    def autosave(self, phase: str, step: int, **parts) -> None:
+        """Writes last.pt if it is time."""
+        if time.monotonic() - self.saved_at > 60 * self.args.checkpoint_every:
+            self.save("last.pt", phase, step, **parts)
 
-            write_atomically(path, write)
-        except RuntimeError as error:  # what torch.save makes of a full disk
-            raise OSError(f"{path} can't be written ({error})") from error
+    def save(self, name: str, phase: str, step: int, **parts) -> None:
+        """Writes a checkpoint beside its place, then renames it: a kill leaves the old or the new one."""
+        state = dict(script=Path(__file__).stem, args=asdict(self.args), dataset_id=self.dataset_id,
+                     obs_dim=self.obs_dim, act_dim=self.act_dim, phase=phase, step=step, rows=self.rows,
+                     parts={key: part.state_dict() for key, part in parts.items()},
+                     random_states=[torch.get_rng_state(), *torch.cuda.get_rng_state_all()])  # fmt: skip
+        temporary = self.directory / f"{name}.tmp"
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.directory / name)
+        self.saved_at = time.monotonic()
 
-    def recall(self, online: ReplayBuffer, env: gym.Env) -> np.ndarray:
-        """The observation to start from online. A resumed run gets its transitions back and plays the episode
-        under way again: every reset is seeded from (seed, episode)."""
-        self.online, self.extras = online, {"episode": 0, "start": 0}
-        if "online_rows" in self.state.get("extras", {}):
-            saved, path = self.state["extras"], self.directory / "online_buffer.bin"
-            self.extras = {key: saved[key] for key in self.extras}
-            self.stored, self.crc = saved["online_rows"], saved["online_crc"]
-            content = path.read_bytes()[: self.stored * online.rows.shape[1] * 4]
-            if zlib.crc32(content) != self.crc:
-                fail(f"{path} is damaged: its checksum is not the one in last.pt")
-            os.truncate(path, len(content))
-            rows = torch.frombuffer(bytearray(content), dtype=torch.float32).view(self.stored, -1)
-            online.add(*online.split(rows).values())
-        observation, _ = env.reset(seed=stream_seed(self.args.seed, "online", self.extras["episode"]))
-        played = online.split(online.rows[self.extras["start"] : online.size])
-        for action in played["actions"].cpu().numpy():
-            observation = env.step(action)[0]
-        return observation
-
-    def act(self, env: gym.Env, action: np.ndarray) -> tuple:
-        """env.step; one sentence and exit where the environment fails or returns what is not finite."""
-        try:
-            observation, reward, terminated, truncated, _ = env.step(action)
-        except Exception as error:  # an environment may come from anywhere
-            fail(f"the environment failed ({type(error).__name__}: {error}); {self.good()}")
-        if not (math.isfinite(reward) and np.isfinite(observation).all()):
-            fail(f"the environment returned a reward or observation that is not finite; {self.good()}")
-        return observation, reward, terminated, truncated
+    def report(self) -> None:
+        """learning_curve.png, with the handover at 0, and a closing table."""
+        mean = self.data.score(self.data.returns.mean())
+        figure = Figure(figsize=(9, 4.5), layout="constrained")
+        axes = figure.subplots()
+        for phase in dict.fromkeys(row["phase"] for row in self.rows):
+            curve = np.array([[row["step"], row["score"]] for row in self.rows if row["phase"] == phase])
+            curve[:, 0] -= curve[-1, 0] if phase == "offline" else 0
+            axes.plot(*curve.T, ".-", label=phase)
+        axes.axhline(mean, color="gray", ls=":", label="mean of the data")
+        axes.set(xlabel="offline updates (left), online environment steps (right)", ylabel="normalised score")
+        axes.legend()
+        figure.savefig(self.directory / "learning_curve.png", dpi=120)
+        online = [row["score"] for row in self.rows if row["phase"] == "online"] or [curve[-1, 1]]
+        print(f"mean score of the data  {mean:6.1f}\noffline score           {online[0]:6.1f}\n"
+              f"lowest score online     {min(online):6.1f}\nfinal score             {online[-1]:6.1f}\n"
+              f"all files               {self.directory}")  # fmt: skip
 
 
-def episode_returns(row: dict) -> list[float]:
-    """The episodes' returns in a row of metrics.csv."""
-    return [value for name, value in row.items() if re.fullmatch(r"return_\d+", name)]
-
-
-def summarize(rows: list[dict], data: Dataset, eval_every: int) -> dict[str, float]:
-    """Handover drop, regret and verdict from the rows of metrics.csv, in normalised score points.
-
-    The offline score is that of online step 0. Window: the first 20% of the online updates, at least 2,000.
-    Drop: offline score minus lowest mean of 3 consecutive evaluations in it. Smooth: a drop of at most 10%
-    (or of two standard errors of the paired difference, if these are at most 10 points), an offline return
-    above the dataset's mean (or no worse than its best, where every episode is), and a final score not below
-    the offline one. Regret: mean of 1 - score / 100, in [0, 1], over regular evaluations.
-    """
-    online = [row for row in rows if row["phase"] == "online"]
-    offline = online[0]
-    end = max(2_000, 0.2 * online[-1]["updates"])
-    window = [row for row in online if 0 < row["updates"] <= end] or online
-    scores = lambda row: data.score(np.array(episode_returns(row)))
-    triples = [window[i : i + 3] for i in range(max(1, len(window) - 2))]
-    lowest = min(triples, key=lambda triple: np.mean([row["score"] for row in triple]))
-    paired = scores(offline) - np.mean([scores(row) for row in lowest], axis=0)  # (episodes,)
-    errors = 2 * paired.std() / max(1, len(paired) - 1) ** 0.5
-    small = paired.mean() <= max(0.1 * offline["score"], errors if errors <= 10 else 0)
-    returns, reached = data.returns(), offline["return_mean"]
-    good = reached > returns.mean() or reached >= returns.max()
-    kept = good and online[-1]["score"] >= offline["score"]
-    grid = [row["score"] for row in online if row["step"] % eval_every == 0 and row["step"] > 0]
-    regret = np.mean(1 - np.clip(grid, 0, 100) / 100) if grid else math.nan
-    return dict(offline=offline["score"], drop=paired.mean(), final=online[-1]["score"], regret=regret,
-                smooth=bool(small and kept))  # fmt: skip
-
-
-def report(run: Run, agent: Agent) -> None:
-    """learning_curve.png (both phases, handover marked, middle half of the episodes shaded) and table."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
-    mean = run.data.score(run.data.returns().mean())
-    for phase in ("offline", "online"):
-        if rows := [row for row in run.rows if row["phase"] == phase]:
-            handover = rows[-1]["step"] if phase == "offline" else 0
-            steps = [row["step"] - handover for row in rows]
-            scores = run.data.score(np.array([episode_returns(row) for row in rows]))  # (rows, episodes)
-            axes.plot(steps, scores.mean(axis=1), ".-", label=f"{phase}, mean of the episodes")
-            axes.fill_between(steps, *np.percentile(scores, [25, 75], axis=1), alpha=0.2)
-    axes.axvline(0, color="black", ls="--", lw=1, label="handover")
-    axes.axhline(mean, color="gray", ls=":", label="mean of the dataset")
-    axes.set_xlabel("offline gradient updates (left), online environment steps (right)")
-    axes.set_ylabel("normalised score (shaded: middle half)")
-    algorithms = f"{run.spec['algorithm']}, then {run.spec['online_algorithm']}"
-    axes.set_title(f"{run.args.env_id}: {algorithms}; seed {run.args.seed}")
-    axes.legend(fontsize=8)
-    write_atomically(run.directory / "learning_curve.png", partial(figure.savefig, dpi=120, format="png"))
-    plt.close(figure)
-
-    lines = {"mean score of the dataset": f"{mean:.1f}"}
-    if run.rows and run.rows[-1]["phase"] == "online":
-        s = summarize(run.rows, run.data, run.args.eval_every)
-        share = f" ({100 * s['drop'] / s['offline']:.0f}%)" if s["offline"] >= 10 else ""
-        lines |= {"offline score": f"{s['offline']:.1f}", "handover drop": f"{s['drop']:.1f} points{share}",
-                  "final score": f"{s['final']:.1f}", "smooth": "yes" if s["smooth"] else "no",
-                  f"regret over {run.args.online_steps:,} online steps": f"{s['regret']:.3f}"}  # fmt: skip
-    lines |= {f"updates per second, {phase}": f"{rate:,.0f}" for phase, rate in run.rates.items() if rate}
-    lines |= {"learning curve": run.directory / "learning_curve.png", "all files": run.directory}
-    if run.args.video:
-        video = run.directory / "episode.gif"
-        lines["video"] = film(agent.actor, run.make_env, video, run.device) or video
-    print("\n" + "\n".join(f"{key:<36}  {value}" for key, value in lines.items()))
-
-
-# === The phases ============================================================================================
+# === The phases and main ===================================================================================
 
 
 def set_statistics(network: nn.Module, data: Dataset) -> None:
@@ -1333,329 +632,119 @@ def set_statistics(network: nn.Module, data: Dataset) -> None:
         mlp.std[: observations.shape[1]] = torch.as_tensor(observations.std(axis=0) + 1e-3)
 
 
-def outcomes(data: Dataset, gamma: float) -> np.ndarray:
-    """w: every transition's return-to-go, normalised over the dataset, (T,)."""
-    w = returns_to_go(data.reward(data.columns["rewards"]), data.columns["terminations"], data.ends, gamma)
-    return (w - w.mean()) / (w.std() + 1e-6)
-
-
-def held_out(data: Dataset) -> np.ndarray:
-    """Which transitions belong to the episodes that the score estimator does not see, every 20th, (T,)."""
-    episode = np.searchsorted(data.ends, np.arange(data.ends[-1]), side="right")
-    return episode % 20 == (min(10, len(data.ends) - 1) or -1)
-
-
-def transitions(data: Dataset) -> list[np.ndarray]:
-    """The columns of `transition_widths`, with the rewards that the losses see."""
-    return [data.reward(c) if name == "rewards" else c for name, c in data.columns.items()]
+def with_outcomes(data: Dataset, gamma: float) -> dict[str, np.ndarray]:
+    """The dataset's columns and w, every transition's return-to-go, normalised over the dataset, (T,)."""
+    w = returns_to_go(data.columns["rewards"], data.columns["terminations"], data.ends, gamma)
+    return data.columns | {"outcomes": (w - w.mean()) / (w.std() + 1e-6)}
 
 
 def fit_score_estimator(run: Run) -> ScoreNet:
-    """Diffusion RvS: eps_omega learns the dataset's actions given state and outcome; held-out losses."""
-    args, data, device = run.args, run.data, run.device
+    """Diffusion RvS: eps_omega learns the dataset's actions given state and outcome."""
+    args, data = run.args, run.data
     torch.manual_seed(stream_seed(args.seed, "score"))
-    sizes = (run.spec["obs_dim"], run.spec["act_dim"])
-    score_net = ScoreNet(*sizes, args.score_hidden_sizes, args.score_levels, args.score_sigma).to(device)
+    score_net = ScoreNet(run.obs_dim, run.act_dim, args).to(run.device)
     set_statistics(score_net, data)
     adam = torch.optim.Adam(score_net.parameters(), lr=args.score_lr, fused=True)
-    columns = data.columns["observations"], data.columns["actions"], run.outcomes
-    buffers = []
-    for rows in (~held_out(data), held_out(data)):
-        widths = dict(observations=sizes[0], actions=sizes[1], outcomes=0)
-        buffers.append(ReplayBuffer(widths, rows.sum(), device))
-        buffers[-1].add(*(column[rows] for column in columns))
-    train, test = buffers
-
-    def loss(rows: Tensor, levels: Tensor) -> Tensor:
-        batch = train.split(rows)
-        noised, noise = score_net.noise(batch["actions"], levels)
-        return denoising_loss(score_net(batch["observations"], noised, batch["outcomes"], levels), noise)
-
-    def gradients() -> dict[str, Tensor]:
-        adam.zero_grad(set_to_none=True)
-        levels = torch.randint(args.score_levels, (args.batch_size,), device=device)
-        levels[: args.batch_size // 2] = 0  # level 1 is the one the critic meets: at least half of each batch
-        denoising = loss(train.sample_rows(args.batch_size), levels)
-        denoising.backward()
-        return {"denoising_loss": denoising.detach()}
-
-    gradients = captured(gradients, [adam], args.compile)
-    for step in run.steps("score", args.score_steps, {"score_net": score_net}, [adam]):
+    columns = with_outcomes(data, args.gamma)
+    # every 20th episode is held out: the loss there says how good the estimate is
+    held_out = np.searchsorted(data.ends, np.arange(data.ends[-1]), side="right") % 20 == 10
+    train, test = (ReplayBuffer({name: column[rows] for name, column in columns.items()}, run.device)
+                   for rows in (~held_out, held_out))  # fmt: skip
+    start = run.restore("score", args.score_steps, score_net=score_net, adam=adam)
+    for step in tqdm(range(start + 1, args.score_steps + 1), "score", disable=None):
         adam.param_groups[0]["lr"] = args.score_lr * 0.5 * (1 + math.cos(math.pi * step / args.score_steps))
-        run.metrics = gradients()
+        levels = torch.randint(args.score_levels, (args.batch_size,), device=run.device)
+        levels[: args.batch_size // 2] = 0  # level 1 is the one the critic meets: at least half of each batch
+        loss = denoising_loss(score_net, train.split(train.sample_rows(args.batch_size)), levels)
+        adam.zero_grad()
+        loss.backward()
         adam.step()
-        if (step % args.eval_every == 0 or step == args.score_steps) and test.size:
-            level = lambda t: torch.full((test.size,), t, device=device)
-            with torch.no_grad(), torch.random.fork_rng():
-                losses = [loss(test.rows, level(t)) for t in range(args.score_levels)]
-            run.log(step, {f"held_out_loss_level_{t + 1}": value for t, value in enumerate(losses)})
-            text = ", ".join(f"{x:.3f}" for x in losses) + f" (knowing nothing: {sizes[1]})"
-            run.bar.write(f"score    step {step:>9,}   held-out loss by level {text}")
+        if step % LOG_EVERY == 0:
+            run.log("score", step, {"denoising_loss": loss.detach()})
+        run.autosave("score", step, score_net=score_net, adam=adam)
+    if held_out.any() and start < args.score_steps:
+        loss = denoising_loss(score_net, test.split(test.rows), torch.zeros_like(test.rows[:, 0]).long())
+        print(f"score    held-out loss at level 1 {loss:.3f} (knowing nothing: {run.act_dim})")
     return score_net.requires_grad_(False)
 
 
 def train_offline(run: Run, score_net: ScoreNet | None) -> Agent:
     """SMAC: the soft Bellman error and the score-matching term for the critics, SAC's losses for the rest."""
-    args, data, device = run.args, run.data, run.device
+    args, data = run.args, run.data
     torch.manual_seed(stream_seed(args.seed, "offline"))
-    sizes = (run.spec["obs_dim"], run.spec["act_dim"])
-    agent = make_agent(run.spec).to(device)
-    score_scale = MLP(1, [sizes[0], 64, 1], "silu").to(device)  # alpha_psi(s), before its softplus
-    modules = {"agent": agent, "score_scale": score_scale, "score_net": score_net or nn.Module()}
+    agent = Agent(run.obs_dim, run.act_dim, args, score_net).to(run.device)
     set_statistics(agent, data)
-    set_statistics(score_scale, data)
-    optimizers = make_optimizers(agent, args.offline_optimizer, args, score_scale.parameters())
-    count = len(run.outcomes)
-    buffer = ReplayBuffer(transition_widths(*sizes) | dict(outcomes=0, scores=sizes[1]), count, device)
-    buffer.add(*transitions(data), run.outcomes, np.zeros((count, sizes[1])))
-    # the scores of the dataset's own (s, a, w), once
-    for rows in buffer.rows.split(8192) if score_net else ():
-        batch, level_1 = buffer.split(rows), torch.zeros(len(rows), dtype=torch.long, device=device)
-        point = (batch["observations"], batch["actions"], batch["outcomes"], level_1)
-        batch["scores"].copy_(score_net.score(*point))
-
-    def update() -> dict[str, Tensor]:
+    optimizers = make_optimizers(agent, args.offline_optimizer, args)
+    start = run.restore("offline", args.offline_steps, agent=agent, **optimizers)
+    buffer = ReplayBuffer(with_outcomes(data, args.gamma) | {"scores": data.columns["actions"]}, run.device)
+    for rows in buffer.rows.split(8192) if score_net else ():  # scores of the recorded (s, a, w), once
+        batch = buffer.split(rows)
+        batch["scores"].copy_(score_net.score(batch["observations"], batch["actions"], batch["outcomes"]))
+    critic = smac_critic_gradients if score_net else critic_gradients
+    step_networks = torch.compile(update) if args.compile else update
+    if start == 0:
+        run.evaluate("offline", 0, 0, agent, {})
+    for step in tqdm(range(start + 1, args.offline_steps + 1), "offline", disable=None):
         batch = buffer.split(buffer.sample_rows(args.batch_size))
-        if score_net:
-            metrics = smac_critic_gradients(agent, score_scale, score_net, batch, args)
-        else:
-            metrics = critic_gradients(agent, batch, args.gamma)
-        metrics |= actor_gradients(agent, batch)
-        apply_gradients(optimizers)
-        polyak_update(agent.target_critic, agent.critic, args.tau)
-        return metrics
-
-    update = captured(update, optimizers, args.compile)
-    for step in run.steps("offline", args.offline_steps, modules, optimizers):
-        run.metrics, run.updates = update(), step
+        metrics = step_networks(agent, optimizers, batch, args, critic)
+        if step % LOG_EVERY == 0:
+            run.log("offline", step, metrics)
+        if step % args.eval_every == 0 or step == args.offline_steps:
+            run.evaluate("offline", step, step, agent, metrics)
+        run.autosave("offline", step, agent=agent, **optimizers)
+    if not (run.directory / "offline.pt").exists():
+        run.save("offline.pt", "offline", args.offline_steps, agent=agent)
     return agent
 
 
-def train_online(run: Run, agent: Agent, score_net: ScoreNet | None) -> None:
+def train_online(run: Run, agent: Agent) -> None:
     """Plain SAC in the environment, from the offline networks and temperature; no score term."""
-    args, data, device = run.args, run.data, run.device
+    args, data = run.args, run.data
     torch.manual_seed(stream_seed(args.seed, "online"))
     optimizers = make_optimizers(agent, args.online_optimizer, args)
-    modules = {"agent": agent, "score_net": score_net or nn.Module()}
-    widths = transition_widths(run.spec["obs_dim"], run.spec["act_dim"])
-    offline, online = (ReplayBuffer(widths, size, device) for size in (data.ends[-1], args.online_steps))
-    offline.add(*transitions(data))
-    env = run.make_env()
-    observation = run.recall(online, env)
+    offline, online = (ReplayBuffer(data.columns, run.device, size) for size in (0, args.online_steps))
+    parts = dict(agent=agent, online=online, **optimizers)
+    start = run.restore("online", args.online_steps, **parts)
+    offline_rows = round(args.batch_size * args.offline_fraction)
     # no batch holds more online rows than there are: the first update waits for that many steps
-    share = max(args.offline_fraction, 0)
-    first_update = max(args.warmup_steps, args.batch_size - round(args.batch_size * share))
-    run.window = max(2_000, 0.2 * args.utd_ratio * (args.online_steps - first_update))
-    if first_update >= args.online_steps:
-        print(f"note: no update in {args.online_steps:,} steps: the first waits for {first_update:,}")
-    run.metrics, run.updates = {}, args.utd_ratio * max(0, online.size - first_update)
-
-    def update(old: int, last: bool) -> dict[str, Tensor]:
-        rows = [offline.sample_rows(old), online.sample_rows(args.batch_size - old)]
-        batch = online.split(torch.cat(rows))
-        metrics = critic_gradients(agent, batch, args.gamma)
-        if last:
-            metrics |= actor_gradients(agent, batch)
-        apply_gradients(optimizers)
-        polyak_update(agent.target_critic, agent.critic, args.tau)
-        return metrics
-
-    updates = lru_cache(2)(lambda *of: captured(partial(update, *of), optimizers, args.compile))
-    row = torch.zeros(1, len(observation), device=device)  # the observation to act on
-    act = captured(lambda: agent.actor.sample(row)[0][0], [], args.compile)
-
-    for step in run.steps("online", args.online_steps, modules, optimizers):
+    first_update = max(args.warmup_steps, args.batch_size - offline_rows)
+    window = max(2_000, 0.2 * args.utd_ratio * (args.online_steps - first_update))
+    step_networks, metrics = torch.compile(update) if args.compile else update, {}
+    if start == 0:
+        run.evaluate("online", 0, 0, agent, {})
+    env = make_env(data)
+    observation, _ = env.reset(seed=stream_seed(args.seed, "online", int(online.episodes)))
+    for step in tqdm(range(start + 1, args.online_steps + 1), "online", disable=None):
         with torch.no_grad():
-            row.copy_(torch.as_tensor(observation)[None])
-            action = act().cpu().numpy()
-        if step <= first_update and not (args.checkpoint or args.offline_steps):  # nothing was trained yet
-            action = (2 * torch.rand(len(action)) - 1).numpy()
-        next_observation, reward, terminated, truncated = run.act(env, action)
-        online.add(observation, action, data.reward(reward), next_observation, terminated)
-        observation, run.boundary = next_observation, terminated or truncated
-        if run.boundary:
-            run.extras = {"episode": run.extras["episode"] + 1, "start": online.size}
-            observation, _ = env.reset(seed=stream_seed(args.seed, "online", run.extras["episode"]))
-        run.updates = args.utd_ratio * max(0, step - first_update)
-        if args.offline_fraction < 0:
-            share = offline.size / (offline.size + step)
-        old = round(args.batch_size * share)
-        for left in reversed(range(args.utd_ratio if run.updates else 0)):
-            run.metrics = updates(old, left == 0)()
-
-
-# === Main ==================================================================================================
-
-
-# allowed values of the settings
-AT_LEAST_ONE = ("hidden_sizes", "score_hidden_sizes", "batch_size", "num_critics", "utd_ratio", "eval_every",
-                "handover_eval_every", "eval_episodes", "policy_delay", "score_levels", "cql_actions",
-                "alignment_decay", "weight_clip")  # fmt: skip
-AT_LEAST_ZERO = ("score_steps", "offline_steps", "online_steps", "warmup_steps", "snapshot_every", "kappa",
-                 "checkpoint_every", "muon_lr", "actor_lr", "critic_lr", "score_lr", "bc_alpha",
-                 "policy_noise", "noise_clip", "exploration_noise", "alignment_steps", "top_episodes",
-                 "inverse_temperature", "return_range")  # fmt: skip
-SHARES = ("gamma", "tau", "best_episodes", "data_fraction", "expectile")  # from 0 to 1
-
-
-def parse_args() -> Args:
-    """Settings: flag given > the resumed run's or the checkpoint's own > TASK_DEFAULTS > Args."""
-    words = [part for word in sys.argv for part in (word.split("=", 1) if word[:2] == "--" else [word])]
-    given = dict(pairwise(words))
-    settings = TASK_DEFAULTS.get(given.get("--env-id", given.get("--env_id", Args.env_id)), {})
-    if "--resume" in given:
-        try:
-            settings = json.loads((Path(given["--resume"]) / "config.json").read_text())["args"]
-        except (OSError, ValueError, KeyError) as error:
-            fail(f"{given['--resume']} is not a run directory that can be resumed ({error})")
-        if settings.keys() != vars(Args()).keys():
-            fail(f"{given['--resume']} is of another script or version: resume it with the copy in it")
-    elif "--checkpoint" in given:
-        state = load_checkpoint(Path(given["--checkpoint"]))
-        own = {key: state[key] for key in vars(Args()).keys() & state.keys() - OWN}
-        settings = TASK_DEFAULTS.get(state["env_id"], {}) | own
-    default = Args(**{key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()})
-    args = tyro.cli(Args, description=__doc__, default=default)
-    changed = {key for key, value in vars(args).items() if value != vars(default)[key]}
-    if args.resume and changed - {"resume", "device", "compile", "checkpoint_every"}:
-        fail(f"--resume takes the run's own settings: leave out {', '.join(sorted(changed - {'resume'}))}")
-    limits = dict.fromkeys(AT_LEAST_ONE, (1, math.inf)) | dict.fromkeys(AT_LEAST_ZERO, (0, math.inf))
-    limits |= dict.fromkeys(SHARES, (0, 1)) | {"score_sigma": (1e-3, 0.9), "offline_fraction": (-1, 1)}
-    for name, (low, high) in limits.items():
-        values = getattr(args, name, low)
-        for value in values if isinstance(values, tuple) else [values]:
-            if not low <= value <= high or (name == "offline_fraction" and -1 < value < 0):
-                bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-                bounds = "-1 or from 0 to 1" if low == -1 else bounds
-                fail(f"--{name.replace('_', '-')} {value} is out of range: it has to be {bounds}")
-    if not 0 <= args.target_critics <= args.num_critics:
-        fail(f"--target-critics {args.target_critics} is out of range: there are {args.num_critics} critics")
-    return args
-
-
-def open_run(args: Args, algorithm: str, online_algorithm: str) -> Run:
-    """Device, data, environment and directory of a new or a resumed run.
-
-    `run.origin` is the checkpoint that goes online in the place of an own pre-training; {}: there is none.
-    """
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # small products need no more
-    if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda, but torch finds no GPU here: use --device cpu")
-    device = torch.device("cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu")
-    args.compile = args.compile and device.type == "cuda"
-    if device.type == "cuda":
-        torch.cuda.set_stream(torch.cuda.Stream())  # the default stream can't be captured
-    task_dataset, env_spec, kwargs = TASKS.get(args.env_id, (args.env_id, None, {}))
-    dataset_id = args.dataset_id or task_dataset
-    data = load_dataset(dataset_id, args.download)
-    data = select_episodes(data, args.best_episodes, args.data_fraction, args.seed)
-    if args.batch_size > data.ends[-1]:
-        fail(f"--batch-size {args.batch_size} is larger than the data: {data.ends[-1]} transitions")
-    wrappers = data.metadata.get("wrappers", [])
-    try:
-        if env_spec is None:  # a Minari dataset knows its own environment
-            import minari
-
-            folder = find_dataset(dataset_id, download=False)
-            env_spec = minari.MinariDataset(folder / "data").recover_environment(eval_env=True).spec
-        plain = gym.make(env_spec, **kwargs)
-        env, env_spec = make_env(plain.spec, wrappers), plain.spec
-    except Exception as error:  # an environment may come from any package
-        fail(f"the environment of {dataset_id} can't be made ({error}): install its package (kitchen, Adroit "
-             "and mazes: pip install gymnasium-robotics==1.4.2)")  # fmt: skip
-    entry_point = env_spec.entry_point if isinstance(env_spec.entry_point, str) else "gymnasium"
-    package = re.split("[.:]", entry_point)[0]  # importing it registers the environment
-    env_id = env_spec.id if package == "gymnasium" else f"{package}:{env_spec.id}"
-    env_kwargs, known = env_spec.kwargs | kwargs, gym.registry.get(env_spec.id)
-    if known and known.max_episode_steps != env_spec.max_episode_steps:  # the recording's own time limit
-        env_kwargs |= {"max_episode_steps": env_spec.max_episode_steps}
-    flattening = "by name" if isinstance(plain.observation_space, gym.spaces.Dict) else "none"
-    shapes = [data.columns[name].shape[1:] for name in ("observations", "actions")]
-
-    directory, state, origin = Path(args.resume or run_name(args)), {}, {}
-    if args.resume:
-        names, newest = ("final.pt", "last.pt", "previous.pt", "offline.pt"), None
-        for name in (name for name in names if (directory / name).exists()):
-            found, reason = read_checkpoint(directory / name)
-            if reason:
-                print(f"note: {reason}")
-            elif not newest or (PHASES.index(found["phase"]), found["step"]) > newest:
-                newest, state = (PHASES.index(found["phase"]), found["step"]), found
-        if not state:
-            fail(f"{directory} holds no checkpoint to go on from: start that run again")
-        if state["dataset_checksum"] != data.checksum:
-            fail(f"{directory} comes from other data than {dataset_id} holds now: restore them")
-        if state["online_algorithm"] != online_algorithm:
-            fail(f"{directory} goes online with {state['online_algorithm']}: resume it with its own script")
-    if args.checkpoint:
-        if args.online_steps == 0:
-            fail("--online-steps 0 leaves nothing to do after --checkpoint: name a number of steps")
-        origin = state or load_checkpoint(Path(args.checkpoint))
-        algorithm = origin["algorithm"]
-        if "agent" not in origin:
-            fail(f"{args.checkpoint} holds a policy without critics: take an offline.pt or a final.pt")
-        if not state and "pi_0" in origin["extras"]:
-            fail(
-                f"{args.checkpoint} holds ACA's aligned critics, no run starts from them: take an offline.pt"
-            )
-    spec = vars(args) | dict(algorithm=algorithm, online_algorithm=online_algorithm, env=env_id,
-                             env_kwargs=env_kwargs, wrappers=wrappers, dataset_id=dataset_id,
-                             counts=data.metadata.get("return", "sum of rewards"),
-                             flattening=flattening,
-                             dataset_checksum=data.checksum, obs_dim=shapes[0][0], act_dim=shapes[1][0],
-                             log_std_bounds=(LOG_STD_MIN, LOG_STD_MAX), action_bounds=(-1.0, 1.0),
-                             reward_bias=data.reward(0.0), reward_scale=data.reward(1.0) - data.reward(0.0),
-                             versions={name: version(name) for name in PACKAGES})  # fmt: skip
-    for name in FIXED if origin else ():
-        if origin[name] != spec[name]:
-            fail(f"{args.checkpoint} contradicts this run: its {name} is {origin[name]}, not {spec[name]}")
-    if shapes != [env.observation_space.shape, env.action_space.shape]:
-        fail(f"observations and actions have shapes {shapes} in {dataset_id}, others in {env_id}")
-    if not args.resume:
-        config = dict(spec, args=vars(args), resolved_device=str(device), command=sys.argv)
-        try:
-            directory.mkdir(parents=True)
-            (directory / "config.json").write_text(json.dumps(config, indent=2))
-            shutil.copy(__file__, directory)
-        except OSError as error:
-            fail(f"the run directory {directory} can't be made ({error})")
-    mean = data.returns().mean()
-    print(f"{dataset_id}: {data.ends[-1]:,} transitions, {len(data.ends):,} episodes, mean return {mean:.1f}"
-          f" (score {data.score(mean):.1f})\nrun directory: {directory}")  # fmt: skip
-    run = Run(args, directory, data, env_spec, spec, device, state)
-    run.origin = origin and origin | {name: spec[name] for name in ("target_critics", "target_entropy")}
-    if origin and not state and origin["phase"] == "offline":  # its evaluations come first in metrics.csv
-        run.rows, run.began = origin["rows"], run.began - origin["seconds"]
-    return run
-
-
-def run_name(args: Args) -> str:
-    """runs/{env_id}__{script}__{seed}__{start time}, ids with - for /."""
-    name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    return f"runs/{name.replace('/', '-')}"
+            row = torch.as_tensor(observation, dtype=torch.float32, device=run.device)[None]
+            action = agent.actor.sample(row)[0][0].cpu().numpy()
+        next_observation, reward, terminated, truncated, _ = env.step(action)
+        online.add(observations=observation, actions=action, rewards=data.reward(reward),
+                   next_observations=next_observation, terminations=terminated)  # fmt: skip
+        observation = next_observation
+        updates = args.utd_ratio * max(0, step - first_update)
+        for left in reversed(range(args.utd_ratio if updates else 0)):
+            rows = [offline.sample_rows(offline_rows), online.sample_rows(args.batch_size - offline_rows)]
+            metrics = step_networks(agent, optimizers, online.split(torch.cat(rows)), args, actor=left == 0)
+        if step % LOG_EVERY == 0:
+            run.log("online", step, metrics)
+        dense = 0 < updates <= window and step % args.handover_eval_every == 0  # right after the handover
+        if dense or step % args.eval_every == 0 or step == args.online_steps:
+            run.evaluate("online", step, updates, agent, metrics)
+        if terminated or truncated:
+            online.episodes += 1
+            run.autosave("online", step, **parts)  # here no environment has to be saved
+            observation, _ = env.reset(seed=stream_seed(args.seed, "online", int(online.episodes)))
+    run.save("final.pt", "online", args.online_steps, agent=agent)
 
 
 def main() -> None:
-    args = parse_args()
-    if args.video_only:
-        return film_checkpoint(args)
-    if args.checkpoint:
-        fail("--checkpoint goes with --video-only here; sac_finetune.py and td3_finetune.py take one online")
-    run = open_run(args, "SMAC", "SAC")
-    try:
-        score_net = fit_score_estimator(run) if args.kappa > 0 and args.offline_steps > 0 else None
-        agent = train_offline(run, score_net)
-        if args.online_steps > 0:
-            train_online(run, agent, score_net)
-        report(run, agent)
-    except OSError as error:
-        fail(f"{error}: if the disk is full, free some space, then --resume {run.directory}; {run.good()}")
-    finally:
-        run.close()
+    run = Run(parse_args())
+    agent = train_offline(run, fit_score_estimator(run) if run.args.kappa > 0 else None)
+    if run.args.online_steps > 0:
+        train_online(run, agent)
+    run.report()
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    main()

@@ -3,13 +3,16 @@
 SMAC_SCRIPT and RECORDER_SCRIPT name another copy, to see the tests fail on a line broken on purpose.
 """
 
+import contextlib
+import csv
 import importlib.util
+import io
 import os
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
-import numpy as np
 import pytest
 import torch
 
@@ -25,9 +28,39 @@ def load(name: str, path: Path) -> ModuleType:
     return module
 
 
-def returns_of(script: ModuleType, *arguments) -> np.ndarray:
-    """Returns (E,) of the episodes of script.evaluate(*arguments)."""
-    return np.array([rewards.sum() for rewards in script.evaluate(*arguments)])
+class Result(NamedTuple):
+    code: int | str  # what the script ended with: 0, or its sentence
+    output: str
+    directory: Path | None
+
+    def rows(self) -> list[dict[str, str]]:
+        with open(self.directory / "metrics.csv") as file:
+            return list(csv.DictReader(file))
+
+    def state(self, name: str = "final.pt") -> dict:
+        return torch.load(self.directory / name, weights_only=True)
+
+    def agent(self, name: str = "final.pt") -> dict[str, torch.Tensor]:
+        return self.state(name)["parts"]["agent"]
+
+
+@contextlib.contextmanager
+def command_line(script: ModuleType, words: str):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script.__file__, *words.split()])
+        yield
+
+
+def inside(script: ModuleType, words: str, folder: Path) -> Result:
+    """main() in this process and in a folder that holds no other run: a fraction of a new process's time."""
+    folder.mkdir(exist_ok=True)
+    output, code = io.StringIO(), 0
+    with command_line(script, words), contextlib.chdir(folder), contextlib.redirect_stdout(output):
+        try:
+            script.main()
+        except SystemExit as ended:
+            code = ended.code
+    return Result(code, output.getvalue(), next(folder.glob("runs/*"), None))
 
 
 @pytest.fixture(scope="session")

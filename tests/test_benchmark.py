@@ -1,17 +1,22 @@
-"""The benchmark counts products rightly, times what it says, and its tables follow from its csv."""
+"""The verdict by hand, old and new csvs, what a plan runs and does not run again, stored numbers, speed."""
 
 import csv
-import dataclasses
-import os
+import json
 import re
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-import tyro
 from conftest import ROOT, load
+
+BENCHMARK = [sys.executable, str(ROOT / "benchmark.py")]
 
 
 @pytest.fixture(scope="module")
@@ -19,377 +24,397 @@ def benchmark():
     return load("benchmark", ROOT / "benchmark.py")
 
 
-def test_products_are_counted_with_their_operations(benchmark):
+# === The verdict ===========================================================================================
+
+
+def evaluations(*rows, phase="online") -> pd.DataFrame:
+    """Rows (step, updates, returns ...) of a metrics.csv; scores are returns."""
+    names = ["step", "updates", *(f"return_{i}" for i in range(len(rows[0]) - 2))]
+    found = pd.DataFrame(rows, columns=names).assign(phase=phase)
+    return found.assign(score=found.filter(like="return_").mean(axis=1))
+
+
+def data(benchmark, *returns):
+    return benchmark.Recording(np.array(returns, float), 0.0, 100.0)
+
+
+def test_drop_regret_and_verdict_by_hand(benchmark):
+    rows = evaluations((0, 0, 50, 50), (200, 100, 50, 48), (400, 300, 46, 46), (600, 500, 44, 46),
+                       (800, 700, 48, 48), (1000, 900, 60, 60), (2000, 1900, 120, 120))  # fmt: skip
+    result = benchmark.judge(rows, data(benchmark, 10, 30), 1000)
+    assert np.isnan(benchmark.judge(rows, data(benchmark, 1), 7000)["regret"])  # none is regular
+    # lowest three in a row: 46, 45, 48
+    assert result["drop"] == pytest.approx(50 - (46 + 45 + 48) / 3)
+    assert result["offline"] == 50 and result["final"] == 120
+    assert result["regret"] == pytest.approx((0.4 + 0.0) / 2)  # steps 1000 and 2000; scores end at 100
+    assert result["smooth"] is True  # 3.7 is at most a tenth of 50
+
+
+@pytest.mark.parametrize("change, smooth", [
+    (dict(lowest=44), False),  # a drop of 6 is over a tenth of 50
+    (dict(lowest=45.5), True),
+    (dict(final=49), False),  # ends below the offline score
+    (dict(mean=60), False),  # the offline policy is no better than the data
+    (dict(mean=50), True),  # ... but every episode of the data is as good as can be
+    (dict(spread=8, lowest=43), True),  # two standard errors of the paired difference: 8
+    (dict(spread=12, lowest=43), False),  # they count up to 10 points only
+])  # fmt: skip
+def test_what_is_smooth(benchmark, change, smooth):
+    case = SimpleNamespace(**dict(lowest=50, final=60, mean=20, spread=0) | change)
+    ends = case.lowest - case.spread / 2, case.lowest + case.spread / 2
+    low = [(step, step, *ends) for step in (100, 200, 300)]
+    rows = evaluations((0, 0, 50, 50), *low, (10_000, 10_000, case.final, case.final))
+    recording = data(benchmark, case.mean, case.mean)
+    assert benchmark.judge(rows, recording, 1000)["smooth"] is smooth
+
+
+@pytest.mark.parametrize("last, drop", [
+    (4_000, 30),  # the window is 2,000 updates at least: the evaluation at 1,900 is in it
+    (9_000, 30),
+    (10_500, 40),  # and a fifth of them: 2,100 holds the one at 2,050, too
+])  # fmt: skip
+def test_the_window_of_the_drop(benchmark, last, drop):
+    rows = evaluations((0, 0, 50), (1, 1_900, 20), (2, 2_050, 0), (3, 3_500, -90), (4, last, 60))
+    assert benchmark.judge(rows, data(benchmark, 10), 1000)["drop"] == drop
+
+
+# === Reading ===============================================================================================
+
+
+def write_rows(path: Path, rows: pd.DataFrame) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows.to_csv(path, index=False)
+
+
+@pytest.fixture
+def recording(benchmark, monkeypatch):
+    """Every dataset has the returns 10 and 30; `asked` tells which were read."""
+    asked = []
+
+    def read(dataset_id, best=1.0):
+        asked.append((dataset_id, best))
+        return data(benchmark, 10, 30)
+
+    monkeypatch.setattr(benchmark, "load_recording", read)
+    return asked
+
+
+def test_csvs_of_now_and_of_before_and_run_directories(benchmark, recording, tmp_path):
+    rows = pd.concat([evaluations((0, 0, 5, 5), (8, 8, 40, 40), phase="offline"),
+                      evaluations((0, 0, 40, 40), (1000, 900, 50, 50))])  # fmt: skip
+    old = dict(variant="a", flags="--best-episodes 0.1", seed=3, seconds=[0, 4, 4, 22], cosine_dataset=0.25)
+    write_rows(tmp_path / "pendulum-medium-replay" / "a__3.csv", rows.assign(**old, eval_every=1000))
+    new = dict(variant="b", flags="", seed=4, dataset_id="some/data-v0", cosine=0.5)
+    write_rows(tmp_path / "task" / "b__4.csv", rows.assign(**new, eval_every=1000))
+    directory = tmp_path / "runs" / "task__smac_offline_online__5__20260101-000000"
+    write_rows(directory / "metrics.csv", rows)
+    config = dict(args=dict(seed=5, eval_every=1000), dataset_id="other/data-v0", device="cpu")
+    (directory / "config.json").write_text(json.dumps(config))
+
+    a = benchmark.read_run(tmp_path / "pendulum-medium-replay" / "a__3.csv")
+    b = benchmark.read_run(tmp_path / "task" / "b__4.csv")
+    c = benchmark.read_run(directory / "metrics.csv")
+    assert recording == [("smac/pendulum/medium-replay-v0", 0.1), ("some/data-v0", 1), ("other/data-v0", 1)]
+    assert (a["offline_rate"], a["online_rate"]) == (2, 50) and np.isnan(b["online_rate"])
+    assert (a["cosine, data"], b["cosine, data"]) == (0.25, 0.5)
+    for run, name in ((a, "a"), (b, "b"), (c, directory.name)):
+        assert run["variant"] == name and run["drop"] == -10 and run["final"] == 50 and run["regret"] == 0.5
+    assert c["task"] == "task" and c["seed"] == 5
+    for folder in (tmp_path / "runs", directory):
+        found = benchmark.read_study(benchmark.ReportArgs(folder))
+        assert list(found.variant) == [directory.name] and found.smooth[0] == True  # noqa: E712
+
+
+def test_bundled_data_gives_returns_and_scores(benchmark):
+    whole = benchmark.load_recording("smac/pendulum/medium-replay-v0")
+    best = benchmark.load_recording("smac/pendulum/medium-replay-v0", 0.1)
+    assert len(best.returns) == round(0.1 * len(whole.returns))
+    assert best.returns.min() >= np.sort(whole.returns)[-len(best.returns)]
+    assert whole.score(whole.low) == 0 and whole.score(whole.high) == 100
+    with pytest.raises(SystemExit, match="no/such-v0 of these runs can't be read"):
+        benchmark.load_recording("no/such-v0")
+
+
+# === Running ===============================================================================================
+
+# A script that leaves what the real ones leave, at once; it notes how it was called in --log.
+SCRIPT = """
+import json, shutil, sys, time
+from pathlib import Path
+
+resumed = "--resume" in sys.argv
+words = json.loads(Path(sys.argv[2], "config.json").read_text())["words"] if resumed else sys.argv[1:]
+flags = dict(zip(words[::2], words[1::2]))
+with open(flags["--log"], "a") as file:
+    took = Path(flags.get("--checkpoint", "")).name
+    print(flags["--name"], flags["--seed"], took, "resumed" * resumed, file=file)
+assert "--checkpoint" not in flags or Path(flags["--checkpoint"]).exists()
+directory = Path("runs/one")
+directory.mkdir(parents=True, exist_ok=resumed)
+config = dict(args=dict(eval_every=1000, seed=1), dataset_id="some/data-v0", device="cpu", words=words)
+(directory / "config.json").write_text(json.dumps(config))
+if flags.get("--how") in ("break", "wait") and not resumed:
+    (directory / "last.pt").touch()
+    print("error: it broke here", flush=True)
+    time.sleep(60 if flags["--how"] == "wait" else 0)
+    raise SystemExit(1)
+for name in ("offline", "final"):
+    shutil.copy(Path(sys.argv[0]).with_name("fake.pt"), directory / f"{name}.pt")
+rows = ["phase,step,updates,score,return_0", "offline,8,8,40,40", "online,0,0,40,40"]
+rows.append("online,1000,900,5.123456789,50")
+(directory / "metrics.csv").write_text("\\n".join(rows) + "\\n")
+"""
+
+
+@pytest.fixture
+def study(benchmark, recording, tmp_path, monkeypatch):
+    """Writes a plan of these variants and runs what is missing of it, with a stand-in script."""
+    (tmp_path / "fake.py").write_text(SCRIPT)
+    torch.save(dict(script="fake"), tmp_path / "fake.pt")
+    monkeypatch.setattr(benchmark, "ROOT", tmp_path)
+    log, folder = tmp_path / "log", tmp_path / "study"
+
+    def write(**variants):
+        line = '"{0}" = "fake.py --log {1} --name {0} {2}"'
+        lines = [line.format(name, log, flags) for name, flags in variants.items()]
+        folder.mkdir(exist_ok=True)
+        (folder / "plan.toml").write_text("\n".join(["[task]", "seeds = [1]", *lines]) + "\n")
+
+    def run(settings=None, **variants):
+        write(**variants)
+        log.unlink(missing_ok=True)
+        benchmark.run_study(benchmark.RunArgs(folder, **dict(workers=2) | (settings or {})))
+        return [" ".join(line.split()) for line in log.read_text().splitlines()] if log.exists() else []
+
+    return SimpleNamespace(run=run, write=write, folder=folder, csv=folder / "task" / "a__1.csv", log=log)
+
+
+TAKE = "--checkpoint {checkpoints}/task/a__{seed}_offline.pt"
+
+
+def test_a_run_leaves_its_csv_and_its_checkpoints(study, capsys):
+    study.run(a="--x {seed}")
+    with open(study.csv, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["score"] for row in rows] == ["40", "40", "5.12346"]
+    origin = dict(variant="a", seed="1", device="cpu", dataset_id="some/data-v0", eval_every="1000")
+    assert rows[0].items() >= origin.items() and rows[0]["flags"].endswith("--x {seed}")
+    assert (study.folder / "runs/checkpoints/task/a__1_offline.pt").exists()
+    text = capsys.readouterr().out
+    assert "1 of the plan's 1 runs are to do" in text
+    assert "| 1 | 40.0 | -10.0 | 5.1 | 0.949 | 0 of 1 |" in text
+
+
+def test_one_offline_run_serves_many_and_comes_first(study):
+    log = study.run(b=TAKE, c=TAKE, a="", settings=dict(seeds=(2, 3), workers=4))
+    assert sorted(log) == ["a 2", "a 3", *(f"{v} {s} a__{s}_offline.pt" for v in "bc" for s in (2, 3))]
+    assert all(log.index(f"a {s}") < log.index(f"{v} {s} a__{s}_offline.pt") for v in "bc" for s in (2, 3))
+
+
+def test_what_is_done_is_not_run_again(study, capsys):
+    study.run(a="", b=TAKE)
+    assert study.run(a="", b=TAKE) == []
+    assert study.run(a="", b=TAKE, c="") == ["c 1"]
+    assert study.run(a="", b=TAKE, c="", settings=dict(seeds=(4,), variants=("c",))) == ["c 4"]
+    with pytest.raises(SystemExit, match="zz is not in the plan, which has task, a, b"):
+        study.run(a="", b=TAKE, settings=dict(variants=("zz",)))
+    capsys.readouterr()
+    assert study.run(a="--kappa 2", b=TAKE) == []  # nothing is overwritten, but it is said
+    assert f"1 csvs were made with other flags than the plan's, as {study.csv}" in capsys.readouterr().out
+    study.csv.unlink()
+    assert study.run(a="--kappa 2", b=TAKE) == ["a 1"]
+
+
+def test_a_checkpoint_that_is_lacking_or_of_another_script_is_made_again(study, capsys):
+    study.run(a="", b=TAKE)
+    kept = study.folder / "runs" / "checkpoints" / "task" / "a__1_offline.pt"
+    damages = kept.unlink, lambda: kept.write_text("half"), lambda: torch.save(dict(script="other"), kept)
+    for damage in damages:
+        damage()
+        assert study.run(a="", b=TAKE) == []  # nobody needs it
+        (study.folder / "task" / "b__1.csv").unlink()
+        assert study.run(a="", b=TAKE) == ["a 1", "b 1 a__1_offline.pt"]
+    with pytest.raises(SystemExit, match=r"d__1 takes .*z__1_offline.pt: run the study that makes it"):
+        study.run(d=TAKE.replace("a__", "z__"))
+
+
+def test_a_failed_run_is_one_sentence_and_goes_on_where_it_broke(study):
+    with pytest.raises(SystemExit, match=r"^error: task/a__1 failed: it broke here \(log: .*\); the same"):
+        study.run(a="--how break", b=TAKE)
+    assert study.log.read_text().split() == ["a", "1"] and not study.csv.exists()
+    assert study.run(a="--how break", b=TAKE) == ["a 1 resumed", "b 1 a__1_offline.pt"]
+    study.csv.unlink()
+    assert study.run(a="", b=TAKE) == ["a 1"]  # complete once: from the beginning
+    with pytest.raises(SystemExit, match="it broke here"):
+        study.run(c="--how break")
+    assert study.run(c="--how fine") == ["c 1"]  # other flags: from the beginning
+
+
+def test_a_stopped_study_stops_its_runs_and_goes_on(study, tmp_path):
+    study.write(a="--how wait")
+    (tmp_path / "benchmark.py").write_text((ROOT / "benchmark.py").read_text())
+    words = [sys.executable, str(tmp_path / "benchmark.py"), "run", str(study.folder / "plan.toml")]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    waiting = time.monotonic() + 30
+    while not [*study.folder.glob("runs/task/a__1/runs/one/last.pt")] and time.monotonic() < waiting:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert "error: stopped; the same command goes on" in process.communicate(timeout=20)[1]
+    assert process.returncode == 1
+    assert study.run(a="--how wait") == ["a 1 resumed"]  # and its lock is free: the run has ended
+
+
+@pytest.mark.parametrize("plan, says", [
+    (None, "a study begins with its plan"),
+    ("[task", "can't be read"),
+    ('a = "x"', "a stands outside a task"),
+    ("[task]\na = 3", "task's a is 3: flags are a string"),
+    ('[task]\na = "--checkpoint {checkpoints}/task/a__{seed}_final.pt"', "task/a__1 waits for its own"),
+])  # fmt: skip
+def test_a_wrong_plan_is_one_sentence(benchmark, tmp_path, plan, says):
+    if plan:
+        (tmp_path / "plan.toml").write_text(plan)
+    with pytest.raises(SystemExit, match=says):
+        benchmark.run_study(benchmark.RunArgs(tmp_path))
+
+
+def test_a_grid_is_written_as_a_plan(benchmark, tmp_path):
+    args = benchmark.RunArgs(tmp_path, scripts=("aca_baseline.py", "cql=calql_baseline.py --no-calibrate"),
+                             finetune=("td3bc", "w=sac_finetune.py --warmup-steps 9"), seeds=(7,),
+                             env_ids=("hopper-medium-replay",))  # fmt: skip
+    benchmark.write_grid(args)
+    start = "--checkpoint {checkpoints}/hopper-medium-replay/"
+    assert benchmark.read_plan(tmp_path) == {"hopper-medium-replay": {
+        "seeds": [7],
+        "aca": "aca_baseline.py",
+        "aca+td3bc": f"td3_finetune.py --bc-alpha 2.5 {start}aca__{{seed}}_offline.pt",
+        "aca+w": f"sac_finetune.py --warmup-steps 9 {start}aca__{{seed}}_offline.pt",
+        "cql": "calql_baseline.py --no-calibrate",
+        "cql+td3bc": f"td3_finetune.py --bc-alpha 2.5 {start}cql__{{seed}}_offline.pt",
+        "cql+w": f"sac_finetune.py --warmup-steps 9 {start}cql__{{seed}}_offline.pt"}}  # fmt: skip
+    benchmark.write_grid(args)  # the same grid again
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "plan.toml").write_text('[names]\nsmall = "--x 8"\n[task]\na = "{small} --y {seed}"\n')
+    assert benchmark.read_plan(tmp_path / "a") == {"task": {"a": "--x 8 --y {seed}"}}  # names stand for flags
+    wrong = {"is another plan": dict(seeds=(8,)), "'no.py' is no": dict(scripts=("no.py",)),
+             "needs --env-ids": dict(env_ids=()), "'td4' is no": dict(finetune=("td4",))}  # fmt: skip
+    for says, change in wrong.items():
+        with pytest.raises(SystemExit, match=says):
+            benchmark.write_grid(benchmark.RunArgs(**vars(args) | change))
+
+
+# === Reports ===============================================================================================
+
+
+@pytest.fixture
+def results(benchmark, recording, tmp_path):
+    """Two tasks, two variants with two seeds each, a third on one task."""
+    finals = {("one", "a"): (50, 70), ("one", "b"): (60, 40), ("two", "a"): (90, 95), ("two", "b"): (90, 20),
+              ("one", "a+td3"): (1, 2)}  # fmt: skip
+    for (task, variant), values in finals.items():
+        for seed, final in zip((11, 12), values):
+            rows = pd.concat([evaluations((8, 8, 40, 40), phase="offline"),
+                              evaluations((0, 0, 40, 40), (1000, 900, final, final))])  # fmt: skip
+            origin = dict(variant=variant, flags="--x", seed=seed, eval_every=1000, dataset_id="d")
+            write_rows(tmp_path / task / f"{variant}__{seed}.csv", rows.assign(**origin))
+    (tmp_path / "plan.toml").write_text('[one]\nb = "--x"\na = "--x"\n')
+    return tmp_path
+
+
+def test_the_plain_and_the_crossed_table(benchmark, results, capsys):
+    path = results / "one" / "a__12.csv"
+    write_rows(path, pd.read_csv(path).assign(flags="--y"))
+    benchmark.report(benchmark.ReportArgs(results, brief=True))
+    text, notes = capsys.readouterr()
+    assert "one/a has runs of different flags in one row: --x; --y" in notes
+    assert "| a | 11 12 | 40.0 ± 0.0 | -20.0 ± 10.0 | 60.0 ± 10.0 | 0.400 ± 0.100 | 2 of 2 |" in text
+    assert text.index("| b | 11 12 |") < text.index("| a | 11 12 |")  # in the plan's order
+    assert (results / "one_brief.png").stat().st_size > 5_000
+    benchmark.report(benchmark.ReportArgs(results, cross=True, seeds=(11,)))
+    text = capsys.readouterr().out
+    assert "| offline algorithm | offline score | own | td3 |" in text
+    assert "| a | 40.0 | -10.0; 50.0; 1 of 1 | 39.0; 1.0; 0 of 1 |" in text
+    with pytest.raises(SystemExit, match="holds no such runs"):
+        benchmark.report(benchmark.ReportArgs(results, seeds=(99,)))
+
+
+def test_the_statistics_by_hand(benchmark, results, capsys):
+    benchmark.report(benchmark.ReportArgs(results, statistics=True, against="b"))
+    found = pd.read_csv(results / "statistics.csv").set_index(["task", "variant", "measure", "statistic"])
+    assert tuple(found.loc["one", "a", "final", "mean"]) == (60, 50, 70, 2)
+    assert found.loc[("all", "a", "final", "IQM"), "value"] == 80  # the middle two of 50 70 90 95
+    # P: (0 + 1 + 1 + 1) / 4 on the first task, (1/2 + 1 + 1 + 1) / 4 on the second
+    assert found.loc[("all", "a", "final", "P(above b)"), "value"] == pytest.approx((0.75 + 0.875) / 2)
+    assert "all" not in found.loc[(slice(None), "a+td3"), :].reset_index().task.to_numpy()
+    assert np.isnan(benchmark.estimate(benchmark.mean, [np.ones(1)])[1])  # a single run has no interval
+    assert (results / "statistics.md").read_text() in capsys.readouterr().out
+    assert (results / "one_curves.png").stat().st_size > 5_000
+    with pytest.raises(SystemExit, match=r"--against takes a variant .*: b, a"):
+        benchmark.report(benchmark.ReportArgs(results, statistics=True, against="a+td3"))
+
+
+def test_the_comparison_gives_its_stored_statistics(benchmark, tmp_path, monkeypatch):
+    """Everything in results/comparison/statistics.csv but the intervals, whose bootstrap takes its time."""
+    stored = pd.read_csv(ROOT / "results" / "comparison" / "statistics.csv")
+    for path in (ROOT / "results" / "comparison").iterdir():
+        if path.is_dir() or path.name == "plan.toml":
+            (tmp_path / path.name).symlink_to(path)
+    monkeypatch.setattr(benchmark, "draw_curves", lambda *_: None)
+    monkeypatch.setattr(benchmark, "estimate", lambda statistic, strata: (float(statistic(*strata)), 0, 0))
+    benchmark.report(benchmark.ReportArgs(tmp_path, statistics=True, against="smac"))
+    found = pd.read_csv(tmp_path / "statistics.csv")
+    same = ["task", "variant", "measure", "statistic", "runs"]
+    pd.testing.assert_frame_equal(found[same], stored[same])
+    np.testing.assert_allclose(found.value, stored.value, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("plan", sorted(ROOT.glob("results/*/plan.toml")), ids=lambda path: path.parent.name)
+def test_plans_name_flags_that_their_scripts_have(benchmark, plan):
+    jobs = benchmark.plan_jobs(benchmark.RunArgs(plan.parent)).values()
+    assert plan.parent.name != "comparison" or (len(jobs) == 272 and all(job.csv.exists() for job in jobs))
+    for job in jobs:
+        arguments = Path(job.command[0]).read_text().split("class Args:")[1].split("\n\n\n")[0]
+        for flag in re.findall(r" --(?:no-)?([a-z-]+)", " ".join(job.command)):
+            assert re.search(rf"^    {flag.replace('-', '_')}:", arguments, re.M), (job.name, flag)
+
+
+# === speed.py ==============================================================================================
+
+
+@pytest.fixture(scope="module")
+def speed():
+    return load("speed", ROOT / "speed.py")
+
+
+def test_products_are_counted_with_their_operations(speed):
     a, b, c = torch.randn(4, 5, requires_grad=True), torch.randn(5, 6), torch.randn(3, 4, 5)
-    with benchmark.Products() as products:
+    with speed.Products() as products:
         (a @ b).sum().backward()  # and one for the gradient of a
         torch.baddbmm(torch.zeros(3, 1, 6), c, b.expand(3, -1, -1))
         (a * a).sum()  # no product
     assert sum(products.counts.values()) == 3
     assert products.flop() == 2 * (4 * 5 * 6) * 2 + 2 * 3 * 4 * 5 * 6
-
-
-def test_products_of_an_update_are_those_of_the_mathematics(benchmark, smac):
-    """Forward, gradient by the input and gradient by the weights of each layer, and nothing twice."""
-    obs, act, hidden, batch = 11, 3, 32, 16
-    agent = smac.Agent(obs, act, (hidden, hidden), 2, "relu")
-    draw = {
-        n: torch.rand(batch, w) if w else torch.rand(batch)
-        for n, w in smac.transition_widths(obs, act).items()
-    }
-    with benchmark.Products() as products:
-        smac.critic_gradients(agent, draw, 0.99)
-        smac.actor_gradients(agent, draw)
-    # the critics' heads are dot products, so a critic is two layers and the actor three
-    critic, actor = [(obs + act) * hidden, hidden * hidden], [obs * hidden, hidden * hidden, hidden * 2 * act]
-    target = sum(actor) + 2 * sum(critic)
-    td = 2 * (sum(critic) + sum(critic) + critic[1])  # forward, by the weights, by the hidden layer
-    policy = (
-        sum(actor) + sum(actor) + sum(actor[1:]) + 2 * (sum(critic) + sum(critic))
-    )  # critics: by the action
-    assert products.flop() == 2 * batch * (target + td + policy)
-
-
-def test_muon_costs_fifteen_products_a_matrix(benchmark, smac):
-    agent = smac.Agent(3, 1, (16, 16), 2, "silu")
-    muon = smac.make_optimizers(agent, "muon", smac.Args())[0]
-    for p in agent.parameters():
-        p.grad = torch.randn_like(p)
-    with benchmark.Products() as products:
-        muon.step()
-    assert products.flop() == 15 * 3 * 2 * 16**3  # five times three products, two critics and an actor
-
-
-def test_each_product_is_timed_as_often_as_it_ran(benchmark):
-    key = (((64, 64), (64, 1)), ((64, 64), (64, 1)))
-    once = [benchmark.product_timer({("mm", key): 1}, "cpu")() for _ in range(9)]
-    often = [benchmark.product_timer({("mm", key): 50}, "cpu")() for _ in range(9)]
+    once, often = ({key: n * count for key, count in products.counts.items()} for n in (1, 50))
+    once, often = ([speed.product_timer(counts, "cpu")() for _ in range(9)] for counts in (once, often))
     assert 20 < np.median(often) / np.median(once) < 125
 
 
-@pytest.fixture(scope="module")
-def measured(benchmark, tmp_path_factory):
-    """speed.csv of the quickest measurement there is, and what was printed."""
-    out = tmp_path_factory.mktemp("speed")
-    flags = "--env-id pendulum-medium-replay --device cpu --repeats 1 --seconds 0.2 --no-growth --together 2"
-    words = [
-        sys.executable,
-        str(ROOT / "benchmark.py"),
-        "speed",
-        *flags.split(),
-        "--sizes",
-        "16",
-        "16",
-        "--out",
-        str(out),
-    ]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=out)
-    assert done.returncode == 0, done.stderr
-    return out, done.stdout
-
-
-def test_speed_measures_every_phase_and_mode(measured):
-    with open(measured[0] / "speed.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert {row["phase"] for row in rows} == {"score", "offline", "online"}
-    assert len(rows) == 3 * 4  # one thread, two threads, Adam, two at once
-    for row in rows:
-        assert float(row["updates_per_second"]) > 1
-        assert 0 < float(row["share"]) < 1
-        assert 0.2 < float(row["first_update"]) < 60 and 100 < float(row["memory_mb"]) < 5_000
-        assert row["torch"] == torch.__version__ and row["cpu"]
-
-
-def test_the_table_follows_from_the_csv(benchmark, measured, tmp_path):
-    assert benchmark.tables(measured[0]).strip() in measured[1]
-    header = (
-        "turn,phase,script,width,batch,threads,optimizer,graphs,together,copies,commit,updates_per_second,"
-    )
-    header += "product_ms,share,first_update,memory_mb,cpu,gpu,torch,python\n"
+def test_the_speed_table_follows_from_its_csv(speed, tmp_path):
+    header = "turn,phase,script,width,batch,threads,optimizer,graphs,together,copies,commit,"
+    header += "updates_per_second,product_ms,share,first_update,memory_mb,cpu,gpu,torch,python\n"
     rows = [f"{turn},{phase},s.py,256,64,2,muon,False,1,10,,{rate},{1e3 / rate},0.5,3,100,chip,,2.13,3.11\n"
             for turn, rate in ((1, 20), (2, 90), (3, 40)) for phase in ("offline", "online")]  # fmt: skip
     (tmp_path / "speed.csv").write_text(header + "".join(rows))
-    text = benchmark.tables(tmp_path)
-    assert (
-        text.startswith("chip; torch 2.13, Python 3.11\n") and "updates per second: offline, online" in text
-    )
-    row = (
-        "| 2x256, 64 | muon | 2 threads, 10 times the data | 40 / 40 | 40 / 40 | 50% / 50% | 3.0 s | 100 MB |"
-    )
-    assert row in text
+    text = speed.tables(tmp_path)
+    assert text.startswith("chip; torch 2.13, Python 3.11\n\n| networks, batch |")
+    row = "| 2x256, 64 | muon | 2 threads, 10 times the data | 40 / 40 | 40 / 40 | 50% / 50% | 3.0 s |"
+    assert row in text and "updates per second: offline, online" in text
 
 
-def test_a_failed_measurement_ends_with_its_last_words(benchmark):
-    case = dict(script="no_such_script.py", threads=1)
-    with pytest.raises(SystemExit, match="no_such_script"):
-        benchmark.finish(benchmark.start(case))
-
-
-def test_the_readme_shows_the_tables_of_the_committed_measurement(benchmark):
-    folder = ROOT / "results" / "speed"
-    readme = (ROOT / "README.md").read_text()
-    for line in benchmark.tables(folder).splitlines():
-        assert line.strip() in readme, line
-
-
-CLEANRL = """
-import os
-from dataclasses import dataclass
-import torch.nn as nn
-
-@dataclass
-class Args:
-    exp_name: str = os.path.basename(__file__)
-    buffer_size: int = 10
-    learning_starts: int = 0
-
-class Buffer:
-    def __init__(self, size):
-        self.size, self.added = size, 0
-    def add(self, *columns):
-        self.added += 1
-    def sample(self, number):
-        os.environ["SAMPLED"] += f"{number} of {self.added} in {self.size};"
-
-if __name__ == "__main__":
-    args = None
-    actor = nn.Linear(envs.single_observation_space.shape[0], 1)
-    rb = Buffer(args.buffer_size)
-    for global_step in range(10):
-        if global_step < args.learning_starts:
-            raise RuntimeError
-        if global_step > args.learning_starts:
-            rb.sample(global_step + actor.in_features)
-            writer.add_scalar("x", 1, global_step)
-    envs.close()
-"""
-
-
-def test_the_update_of_a_clone_is_run_as_it_stands(benchmark, tmp_path, monkeypatch):
-    monkeypatch.setenv("SAMPLED", "")
-    (tmp_path / "cleanrl").mkdir()
-    (tmp_path / "cleanrl" / "sac_continuous_action.py").write_text(CLEANRL)
-    update = benchmark.cleanrl_update(tmp_path, 40, 2)
-    update()
-    update()
-    assert os.environ["SAMPLED"] == "41 of 10000 in 10000;42 of 10000 in 10000;"
-
-
-CORL = """
-import d4rl, gym, pyrallis, wandb
-import numpy as np
-import torch.nn as nn
-from dataclasses import dataclass
-
-@dataclass
-class TrainConfig:
-    device: str = "cuda"
-    qf_lr: float = 1e-3
-    policy_lr: float = 1e-3
-    cql_alpha: float = 7.0
-
-FullyConnectedQFunction = lambda o, a, orthogonal, layers: nn.Linear(o + a, 1)
-TanhGaussianPolicy = lambda o, a, most, orthogonal_init: nn.Linear(o, a)
-compute_mean_std = lambda states, eps: (states.mean(0), states.std(0) + eps)
-normalize_states = lambda states, mean, std: (states - mean) / std
-
-class ReplayBuffer:
-    def __init__(self, state_dim, action_dim, size):
-        self.sizes = (state_dim, action_dim, size)
-    def load_d4rl_dataset(self, data):
-        assert abs(data["observations"].mean()) < 1e-3 and data["mc_returns"].std() > 1
-        self.sizes += (len(data["terminals"]),)
-    def sample(self, number):
-        return (number, *self.sizes)
-
-class CalQL:
-    seen = []
-    def __init__(self, *networks, bc_steps, cql_alpha, cql_max_target_backup, **rates):
-        self.seen.append((len(networks), bc_steps, cql_alpha, cql_max_target_backup))
-    def train(self, batch):
-        self.seen.append(batch)
-
-@pyrallis.wrap()
-def train(config: gym.Env):
-    raise RuntimeError("the main function is not run")
-"""
-
-
-def test_corls_class_is_run_as_it_stands(benchmark, tmp_path):
-    (tmp_path / "algorithms" / "finetune").mkdir(parents=True)
-    (tmp_path / "algorithms" / "finetune" / "cal_ql.py").write_text(CORL)
-    shelf = benchmark.load_script(ROOT / "calql_baseline.py")
-    update = benchmark.corl_update(tmp_path, shelf)
-    update()
-    count = shelf.load_dataset(shelf.TASKS["hopper-medium-replay"][0]).ends[-1]
-    assert sys.modules["corl_cal_ql"].CalQL.seen == [(7, 0, 7.0, True), (256, 11, 3, count, count)]
-    assert not {"d4rl", "wandb", "pyrallis"} & sys.modules.keys()
-
-
-def test_our_calql_update_beside_it_is_one_of_the_script(benchmark):
-    shelf = benchmark.load_script(ROOT / "calql_baseline.py")
-    update, seen = benchmark.shelf_calql_update(shelf), []
-    shelf.calql_update = lambda agent, multiplier, batch, optimizers, args, actor: seen.append((batch, args))
-    update()
-    ((batch, args),) = seen
-    assert args.cql_actions == 10 and args.cql_max_target and args.calibrate and args.alpha_cql == 5
-    assert batch["returns_to_go"].shape == (256,) and batch["returns_to_go"].isfinite().all()
-
-
-# === Studies ===============================================================================================
-
-SCRIPT = """
-import json, sys
-from pathlib import Path
-from types import SimpleNamespace
-import numpy as np
-
-TASKS = {"task": ("dataset", "Env-v0", {})}
-load_dataset = lambda name: SimpleNamespace(returns=lambda: np.array([10.0, 30.0]), score=lambda x: x)
-select_episodes = lambda data, best, share, seed: data
-summarize = lambda rows, data, every: dict(
-    offline=rows[0]["score"], drop=1.5, final=rows[-1]["score"], regret=0.25, smooth=rows[-1]["score"] > 3)
-
-if __name__ == "__main__":
-    flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
-    with open(flags["--log"], "a") as file:
-        file.write(flags["--seed"] + "\\n")
-    tries = open(flags["--log"]).read().split().count(flags["--seed"])
-    if flags.get("--fail") == "always" or (flags.get("--fail") == "once" and tries < 2):
-        print("it broke here")
-        raise SystemExit(1)
-    directory = Path("runs/one")
-    directory.mkdir(parents=True)
-    config = dict(resolved_device="cpu", dataset_checksum="c" * 64, args=dict(eval_every=500))
-    (directory / "config.json").write_text(json.dumps(config))
-    names = "phase,step,score,cosine_dataset,cosine_policy,q_policy,alpha,alpha_psi"
-    rows = [f"offline,8,{flags['--seed']},0.5,0.25,-3.25,0.125,nan", "online,9,4.123456789,0,0,0,0,nan"]
-    (directory / "metrics.csv").write_text("\\n".join([names, *rows]) + "\\n")
-"""
-
-
-@pytest.fixture
-def study(benchmark, tmp_path):
-    """Runs a study with these flags by variant; returns its folder."""
-
-    def start(**variants):
-        (tmp_path / "script.py").write_text(SCRIPT)
-        lines = [f'{name} = "{flags} --log {tmp_path / name}.log"' for name, flags in variants.items()]
-        (tmp_path / "plan.toml").write_text("\n".join(["[task]", *lines]) + "\n")
-        script = str(tmp_path / "script.py")
-        benchmark.run_study(benchmark.Study(str(tmp_path), seeds=(2, 6), workers=2, script=script))
-        return tmp_path
-
-    return start
-
-
-def test_a_study_leaves_a_csv_with_its_origin_for_every_run(benchmark, study, capsys):
-    folder = study(plain="", other="--kappa 0")
-    assert {path.name for path in folder.glob("task/*")} == {
-        f"{variant}__{seed}.csv" for variant in ("plain", "other") for seed in (2, 6)
-    }
-    with open(folder / "task" / "other__6.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["phase"] for row in rows] == ["offline", "online"]
-    for row in rows:
-        origin = [row[key] for key in ("variant", "seed", "device", "dataset", "eval_every")]
-        assert origin == ["other", "6", "cpu", "c" * 16, "500"]
-        assert row["code"] and row["flags"].startswith("--kappa 0 ")
-    text = capsys.readouterr().out
-    assert "| 2 6 | 4.0 ± 2.0 | 1.5 ± 0.0 | 4.1 ± 0.0 | 0.250 ± 0.000 | 2 of 2 | 0.50 ± 0.00 |" in text
-    assert text.index("| plain |") < text.index("| other |")  # in the plan's order
-    assert (folder / "task.png").stat().st_size > 10_000
-
-
-def test_a_study_goes_on_where_it_was_stopped(study):
-    folder = study(plain="")
-    (folder / "task" / "plain__6.csv").unlink()
-    study(plain="")
-    assert sorted((folder / "plain.log").read_text().split()) == ["2", "6", "6"]
-
-
-def test_a_failed_run_is_tried_again_and_then_reported(study, capsys):
-    with pytest.raises(SystemExit, match="2 runs failed"):
-        study(broken="--fail always", plain="")
-    text = capsys.readouterr().out
-    assert "it broke here" in text and "broken__2.csv: FAILED" in text
-    folder = study(shaky="--fail once")
-    assert (
-        sorted((folder / "shaky.log").read_text().split()) == ["2", "2", "6", "6"]
-        and (folder / "task" / "plain__2.csv").exists()
-    )
-
-
-def test_a_study_without_a_plan_is_one_sentence(benchmark, tmp_path):
-    with pytest.raises(SystemExit, match="a study begins with its plan"):
-        benchmark.run_study(benchmark.Study(str(tmp_path)))
-
-
-def test_the_run_s_seed_and_checkpoints(benchmark, smac, tmp_path):
-    """{seed} in a variant's flags, and checkpoints kept without optimiser states."""
-    short = "--score-steps 1 --offline-steps 2 --online-steps 2 --hidden-sizes 4 --eval-episodes 1"
-    then = "td3_finetune.py --checkpoint {checkpoints}/pendulum-medium-replay/short__{seed}_offline.pt"
-    lines = ["[pendulum-medium-replay]", f'short = "{short}"', f'then = "{then}"']
-    (tmp_path / "plan.toml").write_text("\n".join(lines))
-    study = benchmark.Study(str(tmp_path), seeds=(7,), workers=1, checkpoints=str(tmp_path / "kept"))
-    job, _ = benchmark.plan(study).values()
-    assert job["words"] == short.split() and job["file"].name == "short__7.csv"
-    benchmark.run_study(study)
-    with open(tmp_path / "pendulum-medium-replay" / "then__7.csv", newline="") as file:
-        assert next(csv.DictReader(file))["flags"] == then
-    assert (tmp_path / "kept" / job["task"] / "then__7_final.pt").exists()
-    for name in ("offline", "final"):
-        state = smac.load_checkpoint(tmp_path / "kept" / job["task"] / f"short__7_{name}.pt")
-        assert state["seed"] == 7 and state["optimizers"] == [] and "actor.net.weights.0" in state["agent"]
-
-
-def test_sampled_actions_have_the_distribution_of_the_data(benchmark, smac):
-    """Data N(m(w), s^2): the best denoiser is known, and so are mean and spread of what it should draw."""
-    net, spread = smac.ScoreNet(1, 1, (4,), 30, 0.05), 0.1
-
-    def best(observations, noised, w, levels):  # E[e | a_t]
-        t, mean = net.sigma[levels, None], 0.3 * w[:, None]
-        return t * (noised - (1 - t**2).sqrt() * mean) / ((1 - t**2) * spread**2 + t**2)
-
-    net.forward = best
-    torch.manual_seed(0)
-    for w in (-1.0, 2.0):
-        actions = benchmark.sampled_policy(net, torch.zeros(20_000, 1), w)
-        assert abs(actions.mean() - 0.3 * w) < 0.01
-        assert abs(actions.std() - spread) < 0.02
-
-
-def test_imitation_leaves_csvs_beside_the_study(benchmark, tmp_path, monkeypatch, capsys):
-    script = benchmark.load_script(ROOT / "smac_offline_online.py")
-    short = dict(hidden_sizes=(8,), score_hidden_sizes=(8,), score_steps=2, offline_steps=3, eval_episodes=2)
-    monkeypatch.setitem(script.TASK_DEFAULTS, "pendulum-medium-replay", short)
-    monkeypatch.setattr(benchmark, "load_script", lambda path: script)
-    benchmark.imitate(benchmark.Imitate(str(tmp_path), (5,), ("pendulum-medium-replay",), (0.5,), (0.9,)))
-    found = {path.name for path in (tmp_path / "pendulum-medium-replay").iterdir()}
-    assert found == {"best-0.5-behaviour-cloning__5.csv", "best-0.5-rvs-90__5.csv"}
-    (tmp_path / "plan.toml").write_text("")
-    text = benchmark.study_report(benchmark.StudyReport(str(tmp_path)))
-    assert "| best-0.5-rvs-90 | `--best-episodes 0.5` | 5 | " in text
-
-
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("results/*/README.md"))]
-REPORTS = [
-    (page, command)
-    for page in PAGES
-    for command in re.findall(r"^ +python benchmark.py report (.+?)(?: +#.*)?$", page.read_text(), re.M)
-]
-
-
-@pytest.mark.parametrize("page, command", REPORTS)
-def test_the_tables_of_a_page_follow_from_the_csvs(benchmark, monkeypatch, tmp_path, page, command):
-    """Every `report` command that a page shows makes the tables that stand there."""
-    for name in ("picture", "curves"):
-        monkeypatch.setattr(benchmark, name, lambda *_: None)
-    args = tyro.cli(benchmark.StudyReport, args=command.split())
-    for path in (ROOT / args.out).iterdir():  # what it writes is written elsewhere
-        if path.is_dir() or path.name == "plan.toml":
-            (tmp_path / path.name).symlink_to(path)
-    text = benchmark.study_report(dataclasses.replace(args, out=str(tmp_path)))
-    assert text.count("|") > 20
-    for line in text.splitlines():
-        assert line in page.read_text(), line
+def test_every_phase_is_measured(speed, tmp_path):
+    args = speed.Args(tmp_path, env_id="pendulum-medium-replay", repeats=1, seconds=0.2, widths=(16,))
+    speed.cases, cases = lambda args: cases(args)[:1], speed.cases
+    speed.measure(args)
+    rows = pd.read_csv(tmp_path / "speed.csv")
+    assert [*rows.phase] == ["score", "offline", "online"] and (rows.updates_per_second > 1).all()
+    assert rows.share.between(0, 1).all() and (rows.memory_mb > 100).all()

@@ -1,150 +1,199 @@
 """Killed at any moment and gone on with, a run ends with the numbers of one that was never stopped.
 
-    python -m pytest -m slow tests/test_resume.py      20 kills; KILL_LOG=FILE.csv keeps a log of them
+    python -m pytest -m slow tests/test_resume.py      20 kills at random moments over all phases
 
-A kill is SIGKILL, sent by a timer to the process itself: at a random moment behind a phase's first checkpoint
-or while one is written. Processes are forked from a server that has imported torch and the like.
+A kill is SIGKILL, sent by a timer to the process itself: a few random milliseconds into a random step of a
+phase, or while a checkpoint is written. Processes are forked from a server that has imported torch already.
 """
 
-import csv
 import multiprocessing
 import os
 import signal
 import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, load
-from test_pipeline import Result, assert_same_run
+import torch
+from conftest import ROOT, Result, load
 
-RUN = "--env-id pendulum-medium-replay --hidden-sizes 16 16 --score-hidden-sizes 16 16 --batch-size 32 "
-RUN += "--eval-episodes 2 --score-steps 400 --offline-steps 300 --online-steps 420 --eval-every 200 "
-RUN += "--handover-eval-every 100 --checkpoint-every 0.002"
-SECONDS = 0.5  # about what a phase takes behind its first checkpoint; later moments fall into the next one
+SIZES = "--env-id pendulum-medium-replay --device cpu --hidden-sizes 8 8 --batch-size 16 --eval-episodes 2 "
+SIZES += "--checkpoint-every 0.0005 --eval-every 50 --handover-eval-every 100 --online-steps 410 "  # 30 ms
+OFFLINE = SIZES + "--offline-steps 80 "
+# name: (script, flags, steps of each phase); FROM is SMAC's offline.pt
+RUNS = {
+    "smac": ("smac_offline_online", OFFLINE + "--score-hidden-sizes 8 8 --score-steps 80",
+             dict(score=80, offline=80, online=410)),
+    "calql": ("calql_baseline", OFFLINE, dict(offline=80, online=410)),
+    "aca": ("aca_baseline", OFFLINE, dict(offline=80, online=410)),
+    "aca from": ("aca_baseline", SIZES + "--alignment-steps 80 --checkpoint FROM",
+                 dict(alignment=80, online=410)),
+}  # fmt: skip
+PHASES = [(name, phase) for name, (_, _, steps) in RUNS.items() for phase in steps]
 
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(
-    ["torch", "gymnasium", "minari", "tyro", "matplotlib.pyplot", "test_pipeline"]
-)
+PRELOAD = ["torch._dynamo", "torch.utils.tensorboard", "matplotlib.backends.backend_agg", "minari", "tyro"]
+processes.set_forkserver_preload(PRELOAD)
 
 
-def child(script: Path, words: str, cwd: Path, log: Path, kill: tuple) -> None:
-    """The script's main() in this process, which a kill (what, phase, when) ends."""
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def child(script: str, words: str, cwd: Path, kill: tuple) -> None:
+    """main() in this process, which `kill` ends: (phase, step, seconds) or (file, n-th writing)."""
     os.chdir(cwd)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    module = load("killed", script)
-    die = lambda: os.kill(os.getpid(), signal.SIGKILL)
-    what, phase, when = kill
-    save, write, started = module.Run.save, module.write_atomically, []
+    for descriptor in (1, 2):
+        os.dup2(os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    module, replace, written = load("killed", ROOT / f"{script}.py"), os.replace, []
 
-    def timed(run, name, *rest):
-        save(run, name, *rest)
-        if what == "time" and run.phase == phase and not started:  # from the phase's first checkpoint on
-            started.append(threading.Timer(when, die))
-            started[0].start()
+    def steps(numbers, phase, disable):
+        for step in numbers:
+            if kill[:2] == (phase, step):
+                threading.Timer(kill[2], die).start()
+            yield step
 
-    def broken(path, writer):
-        nonlocal when
+    def half(temporary, path):
+        written.append(path.name)
+        if kill == (path.name, written.count(path.name)):  # written, not yet in its place
+            os.truncate(temporary, temporary.stat().st_size // 2)
+            die()
+        replace(temporary, path)
 
-        def half(temporary):
-            writer(temporary)
-            if when < 0:  # written, not yet in place
-                os.truncate(temporary, temporary.stat().st_size // 2)
-                die()
-
-        when -= what == "write" and path.name == "last.pt"
-        write(path, half if what == "write" and path.name == "last.pt" else writer)
-
-    module.Run.save, module.write_atomically = timed, broken
-    sys.argv = [str(script), *words.split()]
-    try:
-        module.main()
-    except SystemExit as end:
-        print(end.code)
-        os._exit(1)
+    steps.write, module.tqdm, os.replace = print, steps, half
+    sys.argv = [f"{script}.py", *words.split()]
+    module.main()
 
 
-def run(script: Path, words: str, cwd: Path, kill: tuple = ("", "", 0)) -> int:
+def run(script: str, words: str, cwd: Path, kill: tuple = ()) -> int:
     """Exit code of the script; -9 if it was killed."""
-    process = processes.Process(target=child, args=(script, words, cwd, cwd / "log", kill))
+    process = processes.Process(target=child, args=(script, words, cwd, kill))
     process.start()
     process.join(120)
     return process.exitcode
 
 
-def result(cwd: Path) -> Result:
+def ended(cwd: Path) -> Result:
     return Result(0, (cwd / "log").read_text(), next(cwd.glob("runs/*")))
 
 
 @pytest.fixture(scope="module")
 def never_stopped(tmp_path_factory):
-    """A run of each script that nothing stopped."""
+    """A function: the run of this name that nothing stopped, and its flags."""
     done = {}
 
-    def get(script: str) -> Result:
-        if script not in done:
+    def get(name: str) -> tuple[Result, str]:
+        if name not in done:
+            script, words, _ = RUNS[name]
+            if "FROM" in words:
+                words = words.replace("FROM", str(get("smac")[0].directory / "offline.pt"))
             cwd = tmp_path_factory.mktemp("never_stopped")
-            assert run(ROOT / script, RUN, cwd) == 0, (cwd / "log").read_text()
-            done[script] = result(cwd)
-        return done[script]
+            assert run(script, words, cwd) == 0, (cwd / "log").read_text()
+            done[name] = ended(cwd), words
+        return done[name]
 
     return get
 
 
-def killed_and_resumed(script: str, kill: tuple, cwd: Path, whole: Result) -> dict:
-    """One trial: killed, gone on with (begun again where no checkpoint was yet), compared to the last bit."""
-    code = run(ROOT / script, RUN, cwd, kill)
-    directory = next(cwd.glob("runs/*"), None)
-    checkpoints = sorted(path.name for path in directory.glob("*.pt")) if directory else []
-    row = dict(script=script, what=kill[0], phase=kill[1], when=round(kill[2], 3), killed=code == -9,
-               checkpoints=" ".join(checkpoints))  # fmt: skip
-    if code == -9 and checkpoints:
-        assert run(ROOT / script, f"--resume {directory}", cwd) == 0, (cwd / "log").read_text()[-1500:]
-    elif code == -9:  # nothing to go on from: said in one sentence
-        assert directory is None or run(ROOT / script, f"--resume {directory}", cwd) == 1
-        assert directory is None or "holds no checkpoint" in (cwd / "log").read_text()
-        return row | dict(identical="begun again")
-    assert_same_run(result(cwd), whole)
-    assert not [path for path in directory.iterdir() if path.name.startswith(".")], (
-        "a half-written file stays"
-    )
+def assert_equal(one, other, where: str) -> None:
+    """Equal to the last bit, tensors within dicts and lists included."""
+    assert type(one) is type(other), where
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+    if isinstance(one, (dict, list, tuple)):
+        assert len(one) == len(other), where
+        for key in one if isinstance(one, dict) else range(len(one)):
+            assert_equal(one[key], other[key], f"{where}/{key}")
+    else:
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other, where
+
+
+def assert_same_run(one: Result, other: Result) -> None:
+    tables = [(result.directory / "metrics.csv").read_text() for result in (one, other)]
+    assert tables[0] == tables[1]
+    names = sorted(path.name for path in other.directory.glob("*.pt"))
+    assert sorted(path.name for path in one.directory.glob("*.pt")) == names
+    for name in set(names) - {"last.pt"}:
+        states = [result.state(name) for result in (one, other)]
+        for state in states:
+            state["args"].pop("resume")
+        assert_equal(*states, name)
+
+
+def kill_and_resume(name: str, kill: tuple, cwd: Path, never_stopped) -> None:
+    """One trial; where no checkpoint was yet, going on is refused in a sentence, and it begins again."""
+    (whole, words), script = never_stopped(name), RUNS[name][0]
+    cwd.mkdir(exist_ok=True)
+    assert run(script, words, cwd, kill) == -signal.SIGKILL, (cwd / "log").read_text()
+    directory = ended(cwd).directory
+    began = (directory / "last.pt").exists()
+    assert run(script, f"--resume {directory} --device cpu", cwd) == (0 if began else 1), (
+        cwd / "log"
+    ).read_text()
     text = (cwd / "log").read_text()
     assert "Traceback" not in text
-    return row | dict(identical="yes")
+    if began:
+        assert_same_run(ended(cwd), whole)
+    else:
+        assert "error: " in text and not (directory / "last.pt").exists()
 
 
-def kills(count_each: int, writes: int, seed: int) -> list[tuple]:
-    """Random moments in each phase, and the n-th writing of last.pt."""
-    random = np.random.default_rng(seed)
-    timed = [("time", phase, random.uniform(0, SECONDS)) for phase in ("score", "offline", "online")
-             for _ in range(count_each)]  # fmt: skip
-    return timed + [("write", "", int(random.integers(2, 15))) for _ in range(writes)]
+def moment(name: str, phase: str, random: np.random.Generator) -> tuple:
+    """A random step of the phase and a random time of a few of its steps."""
+    return phase, int(random.integers(1, RUNS[name][2][phase] + 1)), random.uniform(0, 0.005)
 
 
-@pytest.mark.parametrize("kill", kills(1, 2, seed=0), ids=lambda kill: f"{kill[0]}-{kill[1]}")
-def test_a_killed_run_ends_as_if_never_stopped(kill, never_stopped, tmp_path):
-    row = killed_and_resumed(
-        "smac_offline_online.py", kill, tmp_path, never_stopped("smac_offline_online.py")
-    )
-    assert row["killed"]
+@pytest.mark.parametrize("name, kill", [
+    ("smac", ("offline", 70, 0.001)),
+    ("calql", ("online", 300, 0.001)),
+    ("smac", ("last.pt", 4)),
+    ("aca", ("offline.pt", 1)),
+])  # fmt: skip
+def test_a_killed_run_ends_as_if_never_stopped(name, kill, never_stopped, tmp_path):
+    kill_and_resume(name, kill, tmp_path, never_stopped)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["smac_offline_online.py", "td3_finetune.py"])
-def test_twenty_kills(script, never_stopped, tmp_path):
-    rows = []
-    for i, kill in enumerate(kills(5, 5, seed=time.time_ns() % 2**32)):
-        (tmp_path / str(i)).mkdir()
-        rows.append(killed_and_resumed(script, kill, tmp_path / str(i), never_stopped(script)))
-    if path := os.environ.get("KILL_LOG"):
-        with open(path, "a", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            if file.tell() == 0:
-                writer.writeheader()
-            writer.writerows(rows)
-    assert sum(row["killed"] for row in rows) >= 18 and all(row["identical"] for row in rows)
+@pytest.mark.parametrize("seed", range(20))
+def test_twenty_kills_at_random_moments(seed, never_stopped, tmp_path):
+    """Two in every phase of the three scripts, and one more in two of them."""
+    name, phase = PHASES[seed % len(PHASES)]
+    kill = moment(name, phase, np.random.default_rng(seed))
+    kill_and_resume(name, kill, tmp_path, never_stopped)
+
+
+def truncated(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def missing(path: Path) -> None:
+    path.unlink()
+
+
+class Bomb:
+    """Runs code where it is unpickled."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("exploded"),)
+
+
+def foreign(path: Path) -> None:
+    torch.save({"args": Bomb()}, path)
+
+
+@pytest.mark.parametrize("damage", [truncated, empty, missing, foreign])
+def test_a_damaged_checkpoint_is_one_sentence(smac, monkeypatch, tmp_path, damage):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"args": {}, "phase": "offline", "rows": []}, "last.pt")
+    damage(tmp_path / "last.pt")
+    monkeypatch.setattr(sys, "argv", ["smac_offline_online.py", "--resume", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        smac.main()
+    message = end.value.code
+    assert message.startswith("error: ") and "\n" not in message and str(tmp_path / "last.pt") in message
+    assert not (tmp_path / "exploded").exists(), "a foreign pickle was executed"
