@@ -91,7 +91,9 @@ TINY = dict(hidden_sizes=(64, 64), batch_size=128, online_steps=4_000, eval_ever
 # name: (Minari dataset, settings that differ from Args; a flag on the command line wins over both)
 TASKS = {
     "hopper-medium-replay": ("smac/hopper/medium-replay-v0", SMALL),
+    "hopper-medium": ("smac/hopper/medium-v0", SMALL),
     "walker2d-medium-replay": ("smac/walker2d/medium-replay-v0", SMALL),
+    "walker2d-medium": ("smac/walker2d/medium-v0", SMALL),
     "pendulum-medium-replay": ("smac/pendulum/medium-replay-v0", TINY),
 }
 
@@ -522,8 +524,7 @@ class Run:
     def report(self) -> None:
         """learning_curve.png, with the handover at 0, and a closing table."""
         mean = self.data.score(self.data.returns.mean())
-        figure = Figure(figsize=(9, 4.5), layout="constrained")
-        axes = figure.subplots()
+        axes = Figure(figsize=(9, 4.5), layout="constrained").subplots()
         for phase in dict.fromkeys(row["phase"] for row in self.rows):
             curve = np.array([[row["step"], row["score"]] for row in self.rows if row["phase"] == phase])
             curve[:, 0] -= curve[-1, 0] if phase == "offline" else 0
@@ -531,7 +532,7 @@ class Run:
         axes.axhline(mean, color="gray", ls=":", label="mean of the data")
         axes.set(xlabel="offline updates (left), online environment steps (right)", ylabel="normalised score")
         axes.legend()
-        figure.savefig(self.directory / "learning_curve.png", dpi=120)
+        axes.figure.savefig(self.directory / "learning_curve.png", dpi=120)
         online = [row["score"] for row in self.rows if row["phase"] == "online"] or [curve[-1, 1]]
         print(f"mean score of the data  {mean:6.1f}\noffline score           {online[0]:6.1f}\n"
               f"lowest score online     {min(online):6.1f}\nfinal score             {online[-1]:6.1f}\n"
@@ -575,8 +576,7 @@ def train_online(run: Run, agent: Agent) -> None:
     parts = dict(agent=agent, online=online, **optimizers)
     start = run.restore("online", args.online_steps, **parts)
     offline_rows = round(args.batch_size * args.offline_fraction)
-    # no batch holds more online rows than there are: the first update waits for that many steps
-    first_update = max(args.warmup_steps, args.batch_size - offline_rows)
+    first_update = max(args.warmup_steps, args.batch_size - offline_rows)  # rows that a batch takes
     window = max(2_000, 0.2 * args.utd_ratio * (args.online_steps - first_update))
     step_networks, metrics = torch.compile(update) if args.compile else update, {}
     if start == 0:
