@@ -20,7 +20,7 @@ SOURCES = [str(path.relative_to(ROOT)) for path in PAGES] + SCRIPTS
 LINES = {
     "smac_offline_online.py": 750, "sac_finetune.py": 780, "td3_finetune.py": 780, "calql_baseline.py": 750,
     "aca_baseline.py": 750, "iql_baseline.py": 650, "bc_baseline.py": 450, "make_dataset.py": 900,
-    "reward_landscape.py": 550, "benchmark.py": 700, "speed.py": 350, "evaluate.py": 200,
+    "reward_landscape.py": 550, "benchmark.py": 700, "speed.py": 350, "evaluate.py": 200, "README.md": 200,
 }  # fmt: skip
 
 
