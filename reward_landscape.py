@@ -29,7 +29,7 @@ import multiprocessing
 import os
 import signal
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
@@ -327,6 +327,16 @@ def read_cache(path: Path) -> dict[str, list[float]]:
     return known
 
 
+def each(jobs: list[tuple], workers: int) -> Iterator[list[float]]:
+    """evaluate_policy of every job, in order; workers are spawned: a fork may inherit a lock that is held."""
+    if workers <= 1:
+        yield from (evaluate_policy(job) for job in jobs)
+        return
+    quiet = (signal.signal, (signal.SIGINT, signal.SIG_IGN))  # Ctrl-C is the main process's
+    with multiprocessing.get_context("spawn").Pool(workers, *quiet) as pool:
+        yield from pool.imap(evaluate_policy, jobs)
+
+
 def evaluate_all(policies: list[Policy], args: Common) -> tuple[np.ndarray, np.ndarray]:
     """Returns and scores (K, E) of K policies in E episodes; what --out holds already is not played again."""
     path, tasks = args.out / "evaluations.jsonl", [load_task(p.state["dataset_id"]) for p in policies]
@@ -336,10 +346,9 @@ def evaluate_all(policies: list[Policy], args: Common) -> tuple[np.ndarray, np.n
             for key, policy in zip(keys, policies) if key not in known}  # fmt: skip
     print(f"{len({*keys})} policies, {args.episodes} episodes each; {len(jobs)} of them are not in {path}")
     args.out.mkdir(parents=True, exist_ok=True)
-    processes, quiet = max(1, min(args.workers, len(jobs))), (signal.signal, (signal.SIGINT, signal.SIG_IGN))
-    with multiprocessing.Pool(processes, *quiet) as pool, open(path, "a") as file:
-        results = pool.imap(evaluate_policy, jobs.values())
+    with open(path, "a") as file:
         print(file=file)  # ends a line that is incomplete
+        results = each(list(jobs.values()), min(args.workers, len(jobs)))
         for key, returns in zip(jobs, tqdm(results, total=len(jobs), unit="policy", disable=None)):
             known[key] = returns
             print(json.dumps([key, returns]), file=file, flush=True)
