@@ -11,7 +11,7 @@ stands p(a|s,w), the dataset's actions given an outcome w, whose score a diffusi
 Muon steps the hidden-to-hidden weights, Adam everything else. Online it is plain SAC on the same networks.
 
     python smac_offline_online.py --env-id hopper-medium-replay      # the main job, data included
-    python smac_offline_online.py --env-id pendulum-medium-replay    # a first look, two minutes
+    python smac_offline_online.py --env-id pendulum-medium-replay    # a first look, one minute
     python smac_offline_online.py --kappa 0                          # no score term
     python smac_offline_online.py --env-id mujoco/hopper/medium-v0 --download    # any flat Minari dataset
     python smac_offline_online.py --resume runs/NAME                 # go on with a run that was stopped
