@@ -25,7 +25,6 @@ Writes runs/{env_id}__calql_baseline__{seed}__{time}/: config.json, a copy of th
 metrics.csv (a row per evaluation, every episode's return), offline.pt, final.pt, learning_curve.png.
 """
 
-import csv
 import difflib
 import hashlib
 import json
@@ -41,6 +40,7 @@ from typing import Literal
 import gymnasium as gym
 import minari
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 import tyro
@@ -62,7 +62,7 @@ class Args:
     # networks
     hidden_sizes: tuple[int, ...] = (256, 256)  # widths of the hidden layers of actor and critics
     num_critics: int = 2  # critics in the ensemble; the actor follows the minimum of 2, the mean of more
-    target_critics: int = 0  # target critics drawn for each batch, whose minimum is the target; 0: all
+    target_critics: int = 2  # target critics drawn for each batch, whose minimum is the target; 0: all
     critic_activation: Literal["relu", "silu"] = "relu"  # of the hidden layers; ReLU in all public codes
     critic_layer_norm: bool = False  # LayerNorm before the activation of the critics' hidden layers
     # optimiser
@@ -265,8 +265,7 @@ class MLP(nn.Module):
 def squashed_gaussian_log_prob(u: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """log density of a = tanh(u), u ~ N(mean, std^2), from u, never from atanh(a). (B, A) -> (B,).
 
-    log pi(a|s) = sum_k [ log N(u_k; mean_k, std_k) - log(1 - tanh(u_k)^2) ], and the last term is
-    2 (log 2 - u - softplus(-2u)), exact also where 1 - tanh(u)^2 underflows.
+    sum_k [log N(u_k; mean_k, std_k) - log(1 - tanh(u_k)^2)], the last as 2 (log 2 - u - softplus(-2u)).
     """
     gaussian = -0.5 * ((u - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
     return (gaussian - 2 * (math.log(2) - u - F.softplus(-2 * u))).sum(-1)
@@ -488,7 +487,8 @@ def actor_gradients(agent: Agent, batch: dict[str, Tensor], args: Args) -> dict[
     alpha = agent.log_alpha.exp()
     loss_pi = actor_loss(agent.critic(batch["observations"], actions), log_prob, alpha.detach())
     loss_alpha = temperature_loss(agent.log_alpha, log_prob, args.target_entropy * actions.shape[-1])
-    (loss_pi + loss_alpha).backward(inputs=[*agent.actor.parameters(), agent.log_alpha])
+    learned = [p for p in (*agent.actor.parameters(), agent.log_alpha) if p.requires_grad]
+    (loss_pi + loss_alpha).backward(inputs=learned)
     return {"actor_loss": loss_pi.detach(), "alpha": alpha.detach(), "entropy": -log_prob.detach().mean()}
 
 
@@ -550,8 +550,7 @@ class Run:
         self.data = Dataset(self.dataset_id, args.download)
         self.obs_dim, self.act_dim = (self.data.columns[n].shape[1] for n in ("observations", "actions"))
         self.envs = [make_env(self.data, eval_env=True) for _ in range(args.eval_episodes)]
-        start = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09}"  # unlike any other run's
-        name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{start}"
+        name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{pd.Timestamp.now():%Y%m%d-%H%M%S-%f}"
         self.directory = Path(args.resume or f"runs/{name.replace('/', '-')}")
         if not args.resume:
             self.directory.mkdir(parents=True)
@@ -589,11 +588,7 @@ class Run:
         row = self.log(phase, step, {"score": self.data.score(mean), "return": mean} | metrics)
         self.rows.append(dict(phase=phase, step=step, updates=updates) | row)
         self.rows[-1] |= {f"return_{i}": r for i, r in enumerate(returns)}
-        names = dict.fromkeys(name for row in self.rows for name in row)
-        with open(self.directory / "metrics.csv", "w", newline="") as file:
-            table = csv.DictWriter(file, sorted(names, key=lambda name: name.startswith("return_")))
-            table.writeheader()
-            table.writerows(self.rows)
+        pd.DataFrame(self.rows).to_csv(self.directory / "metrics.csv", index=False)
         tqdm.write(f"{phase:<8} step {step:>9,}   return {mean:9.1f}   score {row['score']:6.1f}")
 
     def autosave(self, phase: str, step: int, **parts) -> None:

@@ -5,14 +5,14 @@ grad_a Q*(s,a) = alpha grad_a log pi*(a|s). SMAC holds the offline critic to tha
 stands p(a|s,w), the dataset's actions given an outcome w, whose score a diffusion model estimates:
 
     score(s,a,w) = -(sqrt(abar_1) / sigma_1) eps_omega(s, sqrt(abar_1) a, w, 1),  eps predicts the NOISE
-    L(theta,psi) = E[(Q(s,a) - y)^2] + kappa E|| grad_a Q(s,a) - alpha_psi(s) score(s,a,w) ||^2
-    L_pi(phi)    = E[alpha log pi(a|s) - Q(s,a)],    a ~ pi(.|s)
+    L(theta)  = E[(Q(s,a) - y)^2] + kappa E|| grad_a Q(s,a) - alpha score(s,a,w) ||^2
+    L_pi(phi) = E[alpha log pi(a|s) - Q(s,a)],    a ~ pi(.|s)
 
-Muon steps the hidden-to-hidden weights, Adam everything else. Online it is plain SAC on the same networks.
+w is the advantage G - V(s), and a high one is asked for. Muon steps the hidden-to-hidden weights, Adam the
+rest. Online it is plain SAC on the same networks. The published form: docs/smac_offline_online.md.
 
     python smac_offline_online.py --env-id hopper-medium-replay      # the main job, data included
     python smac_offline_online.py --env-id pendulum-medium-replay    # a first look, one minute
-    python smac_offline_online.py --kappa 0                          # no score term
     python smac_offline_online.py --env-id mujoco/hopper/medium-v0 --download    # any flat Minari dataset
     python smac_offline_online.py --resume runs/NAME                 # go on with a run that was stopped
 
@@ -20,7 +20,6 @@ Writes runs/{env_id}__smac_offline_online__{seed}__{time}/: config.json, a copy 
 events, metrics.csv (a row per evaluation, every return), offline.pt, last.pt, final.pt, learning_curve.png.
 """
 
-import csv
 import difflib
 import hashlib
 import json
@@ -36,6 +35,7 @@ from typing import Literal
 import gymnasium as gym
 import minari
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 import tyro
@@ -56,10 +56,10 @@ class Args:
     checkpoint_every: float = 5.0  # minutes between two writings of last.pt (online: when an episode ends)
     # networks
     hidden_sizes: tuple[int, ...] = (256, 256)  # widths of the hidden layers of actor and critics
-    num_critics: int = 2  # critics in the ensemble; the actor follows the minimum of 2, the mean of more
-    target_critics: int = 0  # target critics drawn for each batch, whose minimum is the target; 0: all
+    num_critics: int = 4  # critics in the ensemble; the actor follows the minimum of 2, the mean of more
+    target_critics: int = 2  # target critics drawn for each batch, whose minimum is the target; 0: all
     critic_activation: Literal["relu", "silu"] = "silu"  # ReLU makes grad_a Q piecewise constant
-    critic_layer_norm: bool = False  # LayerNorm before the activation of the critics' hidden layers
+    critic_layer_norm: bool = True  # LayerNorm before the activation of the critics' hidden layers
     # optimiser
     offline_optimizer: Literal["muon", "adam"] = "muon"  # of the hidden weights; the rest takes Adam
     online_optimizer: Literal["muon", "adam"] = "muon"  # the same online; its state starts fresh
@@ -68,24 +68,24 @@ class Args:
     critic_lr: float = 3e-4  # Adam's for the critics and alpha_psi
     batch_size: int = 256  # transitions of a gradient update
     gamma: float = 0.99  # discount
-    tau: float = 0.005  # step of the target critics towards the critics
+    tau: float = 0.05  # step of the target critics towards the critics; small: Q is late at the handover
     target_entropy: float = -1.0  # entropy that the automatic temperature holds, per action dimension
     # SMAC
-    score_steps: int = 20_000  # gradient updates of the score estimator
-    score_lr: float = 1e-3  # Adam's for the score estimator, falling to 0 along a cosine
+    score_steps: int = 40_000  # gradient updates of the score estimator
+    score_lr: float = 3e-3  # Adam's for the score estimator, falling to 0 along a cosine
     score_hidden_sizes: tuple[int, ...] = (256, 256)  # widths of the score estimator's hidden layers
-    score_levels: int = 5  # T, the noise levels; sigma grows geometrically from --score-sigma to 0.9
-    score_sigma: float = 0.1  # sigma_1, the noise of level 1, in units of actions that fill [-1, 1]
+    score_sigma: float = 0.1  # sigma_1, the noise of level 1 of 5, in units of actions that fill [-1, 1]
+    advantage: float | None = 2.0  # w asked for, in standard deviations; None: w = G, the row's own
     offline_steps: int = 250_000  # gradient updates of the offline phase
+    offline_alpha: float = 0.2  # temperature, held through the offline phase; 0: automatic there too
     kappa: float = 1.0  # weight of the score-matching term; 0 leaves it out (plain offline SAC)
-    score_actions: Literal["dataset", "policy"] = "dataset"  # where grad_a Q is held to it
-    alpha_psi: Literal["learned", "temperature"] = "learned"  # scale: network trained by L_SM, or alpha
+    policy_share: float = 0.5  # share of a batch where it holds at the policy's, not the recorded action
+    alpha_psi: Literal["learned", "temperature"] = "temperature"  # scale: network trained by L_SM, or alpha
     score_control: Literal["none", "zero", "shuffled"] = "none"  # control: 0, or another row's score
     # online phase
     online_steps: int = 250_000  # environment steps of the online phase
     offline_fraction: float = 0.5  # share of offline data in online batches
     utd_ratio: int = 1  # critic updates, each on a fresh batch, per environment step and actor update
-    warmup_steps: int = 0  # environment steps before the first online update, acted by the policy
     eval_every: int = 5_000  # updates (offline) or environment steps (online) between evaluations
     handover_eval_every: int = 1_000  # the same in the first 20% of online updates, at least 2,000
     eval_episodes: int = 20  # episodes of an evaluation, with fixed seeds, by the deterministic policy
@@ -93,9 +93,9 @@ class Args:
 
 # === Tasks and data ========================================================================================
 
-SMALL = dict(hidden_sizes=(128, 128), batch_size=128, score_steps=10_000, offline_steps=15_000,
+SMALL = dict(hidden_sizes=(128, 128), batch_size=128, offline_steps=10_000,
              online_steps=10_000, eval_every=1_000, handover_eval_every=200)  # fmt: skip
-TINY = dict(hidden_sizes=(64, 64), batch_size=128, score_steps=4_000, offline_steps=8_000,
+TINY = dict(hidden_sizes=(64, 64), batch_size=128, score_steps=10_000, offline_steps=8_000,
             online_steps=4_000, eval_every=500, handover_eval_every=200)  # fmt: skip
 # name: (Minari dataset, settings that differ from Args; a flag on the command line wins over both)
 TASKS = {
@@ -258,8 +258,7 @@ class MLP(nn.Module):
 def squashed_gaussian_log_prob(u: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """log density of a = tanh(u), u ~ N(mean, std^2), from u, never from atanh(a). (B, A) -> (B,).
 
-    log pi(a|s) = sum_k [ log N(u_k; mean_k, std_k) - log(1 - tanh(u_k)^2) ], and the last term is
-    2 (log 2 - u - softplus(-2u)), exact also where 1 - tanh(u)^2 underflows.
+    sum_k [log N(u_k; mean_k, std_k) - log(1 - tanh(u_k)^2)], the last as 2 (log 2 - u - softplus(-2u)).
     """
     gaussian = -0.5 * ((u - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
     return (gaussian - 2 * (math.log(2) - u - F.softplus(-2 * u))).sum(-1)
@@ -310,9 +309,9 @@ class ScoreNet(nn.Module):
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
-        self.embedding = nn.Embedding(args.score_levels, 16)
+        self.embedding = nn.Embedding(5, 16)
         self.net = MLP(1, [obs_dim + act_dim + 1 + 16, *args.score_hidden_sizes, act_dim], "silu")
-        sigma = np.geomspace(args.score_sigma, 0.9, args.score_levels)
+        sigma = np.geomspace(args.score_sigma, 0.9, self.embedding.num_embeddings)
         self.register_buffer("sigma", torch.tensor(sigma, dtype=torch.float32))
 
     def forward(self, observations: Tensor, noised: Tensor, outcomes: Tensor, levels: Tensor) -> Tensor:
@@ -447,16 +446,15 @@ def critic_gradients(agent: Agent, batch: dict[str, Tensor], args: Args) -> dict
 
 def smac_critic_gradients(agent: Agent, batch: dict[str, Tensor], args: Args) -> dict[str, Tensor]:
     """Puts the gradient of L_AC + kappa L_SM into `.grad` of the critics and of alpha_psi."""
-    observations, actions, score = batch["observations"], batch["actions"], batch["scores"]
-    points = actions
-    if args.score_actions == "policy":
-        with torch.no_grad():
-            points = agent.actor.sample(observations)[0]
-            score = agent.score_net.score(observations, points, batch["outcomes"])
+    observations, actions = batch["observations"], batch["actions"]
+    own = round(args.policy_share * len(actions))  # rows whose point is the policy's action
+    with torch.no_grad():
+        points = torch.cat([agent.actor.sample(observations[:own])[0], actions[own:]])
+        score = agent.score_net.score(observations, points, batch["outcomes"])
     copies = points.expand(args.num_critics, -1, -1)  # one for each critic, whose gradient it gets
     q, pullback = torch.func.vjp(lambda a: agent.critic(observations, a), copies)  # Q_i(s, a), (N, B)
     grad_q = pullback(torch.ones_like(q))[0].mean(dim=0)  # of the critics' mean, (B, A)
-    q = q if points is actions else agent.critic(observations, actions)
+    q = agent.critic(observations, actions)
     score = {"none": score, "zero": 0 * score, "shuffled": score.roll(1, dims=0)}[args.score_control]
     alpha_psi = F.softplus(agent.score_scale(observations)).squeeze(0)  # (B, 1)
     alpha_psi = agent.log_alpha.exp().detach() if args.alpha_psi == "temperature" else alpha_psi
@@ -475,7 +473,8 @@ def actor_gradients(agent: Agent, batch: dict[str, Tensor], args: Args) -> dict[
     alpha = agent.log_alpha.exp()
     loss_pi = actor_loss(agent.critic(batch["observations"], actions), log_prob, alpha.detach())
     loss_alpha = temperature_loss(agent.log_alpha, log_prob, args.target_entropy * actions.shape[-1])
-    (loss_pi + loss_alpha).backward(inputs=[*agent.actor.parameters(), agent.log_alpha])
+    learned = [p for p in (*agent.actor.parameters(), agent.log_alpha) if p.requires_grad]
+    (loss_pi + loss_alpha).backward(inputs=learned)
     return {"actor_loss": loss_pi.detach(), "alpha": alpha.detach(), "entropy": -log_prob.detach().mean()}
 
 
@@ -539,8 +538,7 @@ class Run:
         self.data = Dataset(self.dataset_id, args.download)
         self.obs_dim, self.act_dim = (self.data.columns[n].shape[1] for n in ("observations", "actions"))
         self.envs = [make_env(self.data, eval_env=True) for _ in range(args.eval_episodes)]
-        start = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09}"  # unlike any other run's
-        name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{start}"
+        name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{pd.Timestamp.now():%Y%m%d-%H%M%S-%f}"
         self.directory = Path(args.resume or f"runs/{name.replace('/', '-')}")
         if not args.resume:
             self.directory.mkdir(parents=True)
@@ -578,11 +576,7 @@ class Run:
         row = self.log(phase, step, {"score": self.data.score(mean), "return": mean} | metrics)
         self.rows.append(dict(phase=phase, step=step, updates=updates) | row)
         self.rows[-1] |= {f"return_{i}": r for i, r in enumerate(returns)}
-        names = dict.fromkeys(name for row in self.rows for name in row)
-        with open(self.directory / "metrics.csv", "w", newline="") as file:
-            table = csv.DictWriter(file, sorted(names, key=lambda name: name.startswith("return_")))
-            table.writeheader()
-            table.writerows(self.rows)
+        pd.DataFrame(self.rows).to_csv(self.directory / "metrics.csv", index=False)
         tqdm.write(f"{phase:<8} step {step:>9,}   return {mean:9.1f}   score {row['score']:6.1f}")
 
     def autosave(self, phase: str, step: int, **parts) -> None:
@@ -633,28 +627,34 @@ def set_statistics(network: nn.Module, data: Dataset) -> None:
         mlp.std[: observations.shape[1]] = torch.as_tensor(observations.std(axis=0) + 1e-3)
 
 
-def with_outcomes(data: Dataset, gamma: float) -> dict[str, np.ndarray]:
-    """The dataset's columns and w, every transition's return-to-go, normalised over the dataset, (T,)."""
-    w = returns_to_go(data.columns["rewards"], data.columns["terminations"], data.ends, gamma)
+def with_outcomes(data: Dataset, args: Args) -> dict[str, np.ndarray]:
+    """The dataset's columns and w (T,): return-to-go G or advantage G - V(s), mean 0, standard deviation 1.
+
+    V(s) is the ridge regression of G on 256 random features tanh(W s + b) of the normalised state.
+    """
+    w = returns_to_go(data.columns["rewards"], data.columns["terminations"], data.ends, args.gamma)
+    if args.advantage is not None:
+        s, normal = data.columns["observations"], np.random.default_rng(0).standard_normal
+        s = (s - s.mean(axis=0)) / (s.std(axis=0) + 1e-3)
+        x = np.tanh(s @ normal((s.shape[1], 256)) * 0.3 + normal(256))  # (T, 256)
+        w -= w.mean() + x @ np.linalg.solve(x.T @ x + 1e-6 * len(x) * np.eye(256), x.T @ (w - w.mean()))
     return data.columns | {"outcomes": (w - w.mean()) / (w.std() + 1e-6)}
 
 
-def fit_score_estimator(run: Run) -> ScoreNet:
-    """Diffusion RvS: eps_omega learns the dataset's actions given state and outcome."""
+def fit_score_estimator(run: Run, columns: dict[str, np.ndarray]) -> ScoreNet:
+    """Diffusion RvS: eps_omega learns the actions given state and outcome; every 20th episode is held out."""
     args, data = run.args, run.data
     torch.manual_seed(stream_seed(args.seed, "score"))
     score_net = ScoreNet(run.obs_dim, run.act_dim, args).to(run.device)
     set_statistics(score_net, data)
     adam = torch.optim.Adam(score_net.parameters(), lr=args.score_lr, fused=True)
-    columns = with_outcomes(data, args.gamma)
-    # every 20th episode is held out: the loss there says how good the estimate is
     held_out = np.searchsorted(data.ends, np.arange(data.ends[-1]), side="right") % 20 == 10
     train, test = (ReplayBuffer({name: column[rows] for name, column in columns.items()}, run.device)
                    for rows in (~held_out, held_out))  # fmt: skip
     start = run.restore("score", args.score_steps, score_net=score_net, adam=adam)
     for step in tqdm(range(start + 1, args.score_steps + 1), "score", disable=None):
         adam.param_groups[0]["lr"] = args.score_lr * 0.5 * (1 + math.cos(math.pi * step / args.score_steps))
-        levels = torch.randint(args.score_levels, (args.batch_size,), device=run.device)
+        levels = torch.randint(len(score_net.sigma), (args.batch_size,), device=run.device)
         levels[: args.batch_size // 2] = 0  # level 1 is the one the critic meets: at least half of each batch
         loss = denoising_loss(score_net, train.split(train.sample_rows(args.batch_size)), levels)
         adam.zero_grad()
@@ -669,18 +669,18 @@ def fit_score_estimator(run: Run) -> ScoreNet:
     return score_net.requires_grad_(False)
 
 
-def train_offline(run: Run, score_net: ScoreNet | None) -> Agent:
+def train_offline(run: Run, columns: dict[str, np.ndarray], score_net: ScoreNet | None) -> Agent:
     """SMAC: the soft Bellman error and the score-matching term for the critics, SAC's losses for the rest."""
-    args, data = run.args, run.data
+    args = run.args
     torch.manual_seed(stream_seed(args.seed, "offline"))
     agent = Agent(run.obs_dim, run.act_dim, args, score_net).to(run.device)
-    set_statistics(agent, data)
+    set_statistics(agent, run.data)
+    if args.offline_alpha:  # an automatic one has no fixed point here: pi = p solves L_SM for every alpha
+        agent.log_alpha.requires_grad_(False).fill_(math.log(args.offline_alpha))
     optimizers = make_optimizers(agent, args.offline_optimizer, args)
     start = run.restore("offline", args.offline_steps, agent=agent, **optimizers)
-    buffer = ReplayBuffer(with_outcomes(data, args.gamma) | {"scores": data.columns["actions"]}, run.device)
-    for rows in buffer.rows.split(8192) if score_net else ():  # scores of the recorded (s, a, w), once
-        batch = buffer.split(rows)
-        batch["scores"].copy_(score_net.score(batch["observations"], batch["actions"], batch["outcomes"]))
+    asked = {} if args.advantage is None else {"outcomes": np.full_like(columns["rewards"], args.advantage)}
+    buffer = ReplayBuffer(columns | asked, run.device)
     critic = smac_critic_gradients if score_net else critic_gradients
     step_networks = torch.compile(update) if args.compile else update
     if start == 0:
@@ -702,29 +702,28 @@ def train_online(run: Run, agent: Agent) -> None:
     """Plain SAC in the environment, from the offline networks and temperature; no score term."""
     args, data = run.args, run.data
     torch.manual_seed(stream_seed(args.seed, "online"))
+    agent.log_alpha.requires_grad_(True)
     optimizers = make_optimizers(agent, args.online_optimizer, args)
     offline, online = (ReplayBuffer(data.columns, run.device, size) for size in (0, args.online_steps))
     parts = dict(agent=agent, online=online, **optimizers)
     start = run.restore("online", args.online_steps, **parts)
-    offline_rows = round(args.batch_size * args.offline_fraction)
-    first_update = max(args.warmup_steps, args.batch_size - offline_rows)  # rows that a batch takes
-    window = max(2_000, 0.2 * args.utd_ratio * (args.online_steps - first_update))
+    online_rows = round(args.batch_size * (1 - args.offline_fraction))  # a batch's; updates wait for them
+    window = max(2_000, 0.2 * args.utd_ratio * (args.online_steps - online_rows))
     step_networks, metrics = torch.compile(update) if args.compile else update, {}
     if start == 0:
         run.evaluate("online", 0, 0, agent, {})
     env = make_env(data)
     observation, _ = env.reset(seed=stream_seed(args.seed, "online", int(online.episodes)))
     for step in tqdm(range(start + 1, args.online_steps + 1), "online", disable=None):
-        with torch.no_grad():
-            row = torch.as_tensor(observation, dtype=torch.float32, device=run.device)[None]
-            action = agent.actor.sample(row)[0][0].cpu().numpy()
+        row = torch.as_tensor(observation, dtype=torch.float32, device=run.device)[None]
+        action = agent.actor.sample(row)[0][0].detach().cpu().numpy()
         next_observation, reward, terminated, truncated, _ = env.step(action)
         online.add(observations=observation, actions=action, rewards=data.reward(reward),
                    next_observations=next_observation, terminations=terminated)  # fmt: skip
         observation = next_observation
-        updates = args.utd_ratio * max(0, step - first_update)
+        updates = args.utd_ratio * max(0, step - online_rows)
         for left in reversed(range(args.utd_ratio if updates else 0)):
-            rows = [offline.sample_rows(offline_rows), online.sample_rows(args.batch_size - offline_rows)]
+            rows = [offline.sample_rows(args.batch_size - online_rows), online.sample_rows(online_rows)]
             metrics = step_networks(agent, optimizers, online.split(torch.cat(rows)), args, actor=left == 0)
         if step % LOG_EVERY == 0:
             run.log("online", step, metrics)
@@ -740,7 +739,8 @@ def train_online(run: Run, agent: Agent) -> None:
 
 def main() -> None:
     run = Run(parse_args())
-    agent = train_offline(run, fit_score_estimator(run) if run.args.kappa > 0 else None)
+    columns = with_outcomes(run.data, run.args)
+    agent = train_offline(run, columns, fit_score_estimator(run, columns) if run.args.kappa > 0 else None)
     if run.args.online_steps > 0:
         train_online(run, agent)
     run.report()

@@ -22,7 +22,6 @@ metrics.csv (a row per evaluation, the checkpoint's offline ones first), final.p
 """
 
 import copy
-import csv
 import difflib
 import hashlib
 import json
@@ -38,6 +37,7 @@ from typing import Literal
 import gymnasium as gym
 import minari
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 import tyro
@@ -59,10 +59,10 @@ class Args:
     checkpoint_every: float = 5.0  # minutes between two writings of last.pt (online: when an episode ends)
     # networks
     hidden_sizes: tuple[int, ...] = (256, 256)  # widths of the hidden layers of actor and critics
-    num_critics: int = 2  # critics in the ensemble; the actor follows the minimum of 2, the mean of more
-    target_critics: int = 0  # target critics drawn for each batch, whose minimum is the target; 0: all
+    num_critics: int = 4  # critics in the ensemble; the actor follows the minimum of 2, the mean of more
+    target_critics: int = 2  # target critics drawn for each batch, whose minimum is the target; 0: all
     critic_activation: Literal["relu", "silu"] = "silu"  # ReLU makes grad_a Q piecewise constant
-    critic_layer_norm: bool = False  # LayerNorm before the activation of the critics' hidden layers
+    critic_layer_norm: bool = True  # LayerNorm before the activation of the critics' hidden layers
     # optimiser
     online_optimizer: Literal["muon", "adam"] = "muon"  # of the hidden weights; the rest takes Adam
     muon_lr: float = 1e-3  # Muon's, times 0.2 sqrt(max(rows, cols)), which matches Adam's step size
@@ -70,7 +70,7 @@ class Args:
     critic_lr: float = 3e-4  # Adam's for the critics
     batch_size: int = 256  # transitions of a gradient update
     gamma: float = 0.99  # discount
-    tau: float = 0.005  # step of the target critics towards the critics
+    tau: float = 0.05  # step of the target critics towards the critics
     # TD3
     policy_delay: int = 2  # critic updates for one update of the actor and of all targets
     policy_noise: float = 0.2  # standard deviation of the noise on the target policy's actions
@@ -246,8 +246,7 @@ class MLP(nn.Module):
 def squashed_gaussian_log_prob(u: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """log density of a = tanh(u), u ~ N(mean, std^2), from u, never from atanh(a). (B, A) -> (B,).
 
-    log pi(a|s) = sum_k [ log N(u_k; mean_k, std_k) - log(1 - tanh(u_k)^2) ], and the last term is
-    2 (log 2 - u - softplus(-2u)), exact also where 1 - tanh(u)^2 underflows.
+    sum_k [log N(u_k; mean_k, std_k) - log(1 - tanh(u_k)^2)], the last as 2 (log 2 - u - softplus(-2u)).
     """
     gaussian = -0.5 * ((u - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
     return (gaussian - 2 * (math.log(2) - u - F.softplus(-2 * u))).sum(-1)
@@ -466,8 +465,7 @@ class Run:
         self.data = Dataset(self.dataset_id, args.download)
         self.obs_dim, self.act_dim = (self.data.columns[n].shape[1] for n in ("observations", "actions"))
         self.envs = [make_env(self.data, eval_env=True) for _ in range(args.eval_episodes)]
-        start = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09}"  # unlike any other run's
-        name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{start}"
+        name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{pd.Timestamp.now():%Y%m%d-%H%M%S-%f}"
         self.directory = Path(args.resume or f"runs/{name.replace('/', '-')}")
         if not args.resume:
             self.directory.mkdir(parents=True)
@@ -505,11 +503,7 @@ class Run:
         row = self.log(phase, step, {"score": self.data.score(mean), "return": mean} | metrics)
         self.rows.append(dict(phase=phase, step=step, updates=updates) | row)
         self.rows[-1] |= {f"return_{i}": r for i, r in enumerate(returns)}
-        names = dict.fromkeys(name for row in self.rows for name in row)
-        with open(self.directory / "metrics.csv", "w", newline="") as file:
-            table = csv.DictWriter(file, sorted(names, key=lambda name: name.startswith("return_")))
-            table.writeheader()
-            table.writerows(self.rows)
+        pd.DataFrame(self.rows).to_csv(self.directory / "metrics.csv", index=False)
         tqdm.write(f"{phase:<8} step {step:>9,}   return {mean:9.1f}   score {row['score']:6.1f}")
 
     def autosave(self, phase: str, step: int, **parts) -> None:

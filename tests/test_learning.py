@@ -22,8 +22,9 @@ def trained(smac, tmp_path_factory):
     """A run of the score estimator and the offline phase: (run, score_net, agent)."""
     with command_line(smac, FLAGS), contextlib.chdir(tmp_path_factory.mktemp("run")):
         run = smac.Run(smac.parse_args())
-        score_net = smac.fit_score_estimator(run)
-        return run, score_net, smac.train_offline(run, score_net)
+        columns = smac.with_outcomes(run.data, run.args)
+        score_net = smac.fit_score_estimator(run, columns)
+        return run, score_net, smac.train_offline(run, columns, score_net)
 
 
 def behaviour_cloning(smac, run, steps=1_500):
@@ -53,7 +54,7 @@ def test_offline_beats_behaviour_cloning(smac, trained):
 
 def test_action_gradient_follows_the_score(smac, trained):
     run, score_net, agent = trained
-    columns = smac.with_outcomes(run.data, run.args.gamma)
+    columns = run.data.columns | {"outcomes": np.full(len(run.data.columns["rewards"]), run.args.advantage)}
     columns = {name: torch.as_tensor(column, dtype=torch.float32) for name, column in columns.items()}
     inner = columns["actions"].abs().squeeze(1) < 0.8  # a score smoothed at 0.1 points inward at the bounds
     s, a, w = (columns[name][inner] for name in ("observations", "actions", "outcomes"))
