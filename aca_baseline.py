@@ -385,14 +385,14 @@ class Muon(torch.optim.Optimizer):
                 p.add_(orthogonalize(u), alpha=-group["lr"] * 0.2 * max(p.shape[1:]) ** 0.5)
 
 
-def make_optimizers(agent: Agent, kind: str, args: Args) -> dict[str, torch.optim.Optimizer]:
+def make_optimizers(agent: Agent, kind: str, args: Args, rate: float = 1.0) -> dict:
     """Fresh optimisers: Muon for the hidden-to-hidden weights if `kind` says so, Adam for all the rest."""
     hidden = [w for net in (agent.critic.net, agent.actor.net) for w in net.weights[1:-1] if kind == "muon"]
     without = lambda taken, params: [p for p in params if p.requires_grad and all(p is not t for t in taken)]
     actor = without(hidden, [*agent.actor.parameters(), agent.log_alpha])
-    groups = [{"params": actor, "lr": args.actor_lr},
-              {"params": without([*hidden, *actor], agent.parameters()), "lr": args.critic_lr}]  # fmt: skip
-    muon = {"muon": Muon(hidden, args.muon_lr)} if hidden else {}
+    rest = without([*hidden, *actor], agent.parameters())
+    groups = [dict(params=actor, lr=rate * args.actor_lr), dict(params=rest, lr=rate * args.critic_lr)]
+    muon = {"muon": Muon(hidden, rate * args.muon_lr)} if hidden else {}
     return muon | {"adam": torch.optim.Adam(groups, fused=True)}
 
 

@@ -74,6 +74,7 @@ class Args:
     target_entropy: float = -1.0  # entropy that the automatic temperature holds, per action dimension
     # online phase
     online_steps: int = 250_000  # environment steps of the online phase
+    online_rate: float = 0.3  # share of the learning rates that is used: a smoother handover
     offline_fraction: float = 0.5  # share of offline data in online batches
     utd_ratio: int = 1  # critic updates, each on a fresh batch, per environment step and actor update
     warmup_steps: int = 0  # environment steps before the first online update, acted by the policy
@@ -332,14 +333,14 @@ class Muon(torch.optim.Optimizer):
                 p.add_(orthogonalize(u), alpha=-group["lr"] * 0.2 * max(p.shape[1:]) ** 0.5)
 
 
-def make_optimizers(agent: Agent, kind: str, args: Args) -> dict[str, torch.optim.Optimizer]:
+def make_optimizers(agent: Agent, kind: str, args: Args, rate: float = 1.0) -> dict:
     """Fresh optimisers: Muon for the hidden-to-hidden weights if `kind` says so, Adam for all the rest."""
     hidden = [w for net in (agent.critic.net, agent.actor.net) for w in net.weights[1:-1] if kind == "muon"]
     without = lambda taken, params: [p for p in params if p.requires_grad and all(p is not t for t in taken)]
     actor = without(hidden, [*agent.actor.parameters(), agent.log_alpha])
-    groups = [{"params": actor, "lr": args.actor_lr},
-              {"params": without([*hidden, *actor], agent.parameters()), "lr": args.critic_lr}]  # fmt: skip
-    muon = {"muon": Muon(hidden, args.muon_lr)} if hidden else {}
+    rest = without([*hidden, *actor], agent.parameters())
+    groups = [dict(params=actor, lr=rate * args.actor_lr), dict(params=rest, lr=rate * args.critic_lr)]
+    muon = {"muon": Muon(hidden, rate * args.muon_lr)} if hidden else {}
     return muon | {"adam": torch.optim.Adam(groups, fused=True)}
 
 
@@ -566,7 +567,7 @@ def train_online(run: Run, agent: Agent) -> None:
     """Plain SAC in the environment, from the agent's networks and temperature."""
     args, data = run.args, run.data
     torch.manual_seed(stream_seed(args.seed, "online"))
-    optimizers = make_optimizers(agent, args.online_optimizer, args)
+    optimizers = make_optimizers(agent, args.online_optimizer, args, args.online_rate)
     offline, online = (ReplayBuffer(data.columns, run.device, size) for size in (0, args.online_steps))
     parts = dict(agent=agent, online=online, **optimizers)
     start = run.restore("online", args.online_steps, **parts)

@@ -84,6 +84,7 @@ class Args:
     score_control: Literal["none", "zero", "shuffled"] = "none"  # control: 0, or another row's score
     # online phase
     online_steps: int = 250_000  # environment steps of the online phase
+    online_rate: float = 0.3  # learning rates online, as a share of those offline: a smoother handover
     offline_fraction: float = 0.5  # share of offline data in online batches
     utd_ratio: int = 1  # critic updates, each on a fresh batch, per environment step and actor update
     eval_every: int = 5_000  # updates (offline) or environment steps (online) between evaluations
@@ -378,14 +379,14 @@ class Muon(torch.optim.Optimizer):
                 p.add_(orthogonalize(u), alpha=-group["lr"] * 0.2 * max(p.shape[1:]) ** 0.5)
 
 
-def make_optimizers(agent: Agent, kind: str, args: Args) -> dict[str, torch.optim.Optimizer]:
+def make_optimizers(agent: Agent, kind: str, args: Args, rate: float = 1.0) -> dict:
     """Fresh optimisers: Muon for the hidden-to-hidden weights if `kind` says so, Adam for all the rest."""
     hidden = [w for net in (agent.critic.net, agent.actor.net) for w in net.weights[1:-1] if kind == "muon"]
     without = lambda taken, params: [p for p in params if p.requires_grad and all(p is not t for t in taken)]
     actor = without(hidden, [*agent.actor.parameters(), agent.log_alpha])
-    groups = [{"params": actor, "lr": args.actor_lr},
-              {"params": without([*hidden, *actor], agent.parameters()), "lr": args.critic_lr}]  # fmt: skip
-    muon = {"muon": Muon(hidden, args.muon_lr)} if hidden else {}
+    rest = without([*hidden, *actor], agent.parameters())
+    groups = [dict(params=actor, lr=rate * args.actor_lr), dict(params=rest, lr=rate * args.critic_lr)]
+    muon = {"muon": Muon(hidden, rate * args.muon_lr)} if hidden else {}
     return muon | {"adam": torch.optim.Adam(groups, fused=True)}
 
 
@@ -628,15 +629,13 @@ def set_statistics(network: nn.Module, data: Dataset) -> None:
 
 
 def with_outcomes(data: Dataset, args: Args) -> dict[str, np.ndarray]:
-    """The dataset's columns and w (T,): return-to-go G or advantage G - V(s), mean 0, standard deviation 1.
-
-    V(s) is the ridge regression of G on 256 random features tanh(W s + b) of the normalised state.
-    """
+    """The dataset's columns and w (T,): return-to-go G or advantage G - V(s), mean 0, deviation 1."""
     w = returns_to_go(data.columns["rewards"], data.columns["terminations"], data.ends, args.gamma)
     if args.advantage is not None:
         s, normal = data.columns["observations"], np.random.default_rng(0).standard_normal
         s = (s - s.mean(axis=0)) / (s.std(axis=0) + 1e-3)
-        x = np.tanh(s @ normal((s.shape[1], 256)) * 0.3 + normal(256))  # (T, 256)
+        # V(s): ridge regression of G on 256 random features, (T, 256)
+        x = np.tanh(s @ normal((s.shape[1], 256)) * 0.3 + normal(256))
         w -= w.mean() + x @ np.linalg.solve(x.T @ x + 1e-6 * len(x) * np.eye(256), x.T @ (w - w.mean()))
     return data.columns | {"outcomes": (w - w.mean()) / (w.std() + 1e-6)}
 
@@ -703,7 +702,7 @@ def train_online(run: Run, agent: Agent) -> None:
     args, data = run.args, run.data
     torch.manual_seed(stream_seed(args.seed, "online"))
     agent.log_alpha.requires_grad_(True)
-    optimizers = make_optimizers(agent, args.online_optimizer, args)
+    optimizers = make_optimizers(agent, args.online_optimizer, args, args.online_rate)
     offline, online = (ReplayBuffer(data.columns, run.device, size) for size in (0, args.online_steps))
     parts = dict(agent=agent, online=online, **optimizers)
     start = run.restore("online", args.online_steps, **parts)

@@ -30,7 +30,8 @@ def relative_error(actual, expected) -> float:
 
 
 SMALL = dict(hidden_sizes=(8, 8), gamma=0.9, score_hidden_sizes=(6,), score_sigma=0.3, num_critics=2)
-SMALL |= dict(target_critics=0, critic_layer_norm=False, advantage=None, policy_share=0.0, alpha_psi="learned")
+SMALL |= dict(target_critics=0, critic_layer_norm=False, advantage=None, policy_share=0.0)
+SMALL |= dict(alpha_psi="learned")
 
 
 def make_agent(smac, **settings):
