@@ -361,7 +361,8 @@ class Run:
         row = self.log(phase, step, {"score": self.data.score(mean), "return": mean} | metrics)
         self.rows.append(dict(phase=phase, step=step, updates=updates) | row)
         self.rows[-1] |= {f"return_{i}": r for i, r in enumerate(returns)}
-        pd.DataFrame(self.rows).to_csv(self.directory / "metrics.csv", index=False)
+        names = sorted(pd.DataFrame(self.rows), key=lambda name: name.startswith("return_"))
+        pd.DataFrame(self.rows, columns=names).to_csv(self.directory / "metrics.csv", index=False)
         tqdm.write(f"{phase:<8} step {step:>9,}   return {mean:9.1f}   score {row['score']:6.1f}")
 
     def autosave(self, phase: str, step: int, **parts) -> None:

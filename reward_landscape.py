@@ -30,6 +30,7 @@ import os
 import signal
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
@@ -333,8 +334,8 @@ def each(jobs: list[tuple], workers: int) -> Iterator[list[float]]:
         yield from (evaluate_policy(job) for job in jobs)
         return
     quiet = (signal.signal, (signal.SIGINT, signal.SIG_IGN))  # Ctrl-C is the main process's
-    with multiprocessing.get_context("spawn").Pool(workers, *quiet) as pool:
-        yield from pool.imap(evaluate_policy, jobs)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), *quiet) as pool:
+        yield from pool.map(evaluate_policy, jobs)  # unlike Pool it ends when a worker dies
 
 
 def evaluate_all(policies: list[Policy], args: Common) -> tuple[np.ndarray, np.ndarray]:

@@ -18,6 +18,7 @@ import torch
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # for spawned workers: `pytest`, unlike `python -m pytest`, leaves it out
 
 
 def load(name: str, path: Path) -> ModuleType:

@@ -133,9 +133,9 @@ def test_optimizers_split_the_parameters_between_muon_and_adam(smac, kind, hidde
     muon = {id(net.weights[i]) for net in nets for i in middle if kind == "muon"}
     slow, fast = [*agent.actor.parameters(), agent.log_alpha], [*agent.critic.parameters()]
     fast += agent.score_scale.parameters()  # no target critic, no score estimator
-    expected = {id(p): ("adam", lr) for params, lr in ((slow, 0.2), (fast, 0.3)) for p in params}
-    expected |= {identity: ("muon", 0.1) for identity in muon}
-    optimizers = smac.make_optimizers(agent, kind, args)
+    expected = {id(p): ("adam", lr) for params, lr in ((slow, 0.1), (fast, 0.15)) for p in params}
+    expected |= {identity: ("muon", 0.05) for identity in muon}
+    optimizers = smac.make_optimizers(agent, kind, args, rate=0.5)
     found = [(id(p), (name, group["lr"]))
              for name, optimizer in optimizers.items()
              for group in optimizer.param_groups

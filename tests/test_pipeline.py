@@ -75,7 +75,7 @@ def test_every_script_ends_well_and_leaves_its_files(trainers, tmp_path, name):
     names = {path.name for path in result.directory.iterdir()}
     files = {"config.json", "metrics.csv", "learning_curve.png", f"{name}.py"} | checkpoints
     assert {n for n in names if not n.startswith("events.out.tfevents")} == files < names
-    assert re.fullmatch(rf"pendulum-medium-replay__{name}__1__\d{{8}}-\d{{6}}-\d{{9}}",
+    assert re.fullmatch(rf"pendulum-medium-replay__{name}__1__\d{{8}}-\d{{6}}-\d{{6}}",
                         result.directory.name)  # fmt: skip
     for checkpoint, phase in zip(sorted(checkpoints, reverse=True), phases):
         state = result.state(checkpoint)
@@ -145,11 +145,9 @@ def test_tensorboard_has_the_rows_and_every_500th_step(smac, tmp_path, monkeypat
 # === What goes online ======================================================================================
 
 
-@pytest.mark.parametrize("flags, waits", [
-    ("", 8), ("--offline-fraction 0", 16), ("--offline-fraction 1 --warmup-steps 20", 20),
-])  # fmt: skip
+@pytest.mark.parametrize("flags, waits", [("", 8), ("--offline-fraction 0", 16)])
 def test_the_first_online_update_waits_for_its_data(smac, tmp_path, flags, waits):
-    """No batch holds more online rows than there are transitions; warm-up holds updates back too."""
+    """No batch holds more online rows than there are transitions."""
     runs = [inside(smac, TINY + f"{flags} --online-steps {waits + i}", tmp_path / str(i)) for i in range(2)]
     assert not differing(runs[0].agent(), runs[0].agent("offline.pt"))
     changed = differing(runs[1].agent(), runs[1].agent("offline.pt"))
@@ -239,13 +237,25 @@ def test_kappa_0_trains_no_score_estimator(smac, tmp_path, tiny):
     "--offline-optimizer adam",
     "--online-optimizer adam",
     "--critic-activation relu",
-    "--num-critics 10 --target-critics 2 --critic-layer-norm --hidden-sizes 8 8 8",
-    "--score-actions policy --alpha-psi temperature",
+    "--num-critics 10 --hidden-sizes 8 8 8",
+    "--no-critic-layer-norm",
+    "--policy-share 1",
+    "--alpha-psi learned",
+    "--advantage None",
+    "--advantage 1",
+    "--online-rate 1",
     "--score-control shuffled",
 ])  # fmt: skip
 def test_switches_lead_to_other_numbers(smac, tmp_path, tiny, switches):
     result = inside(smac, TINY + switches, tmp_path)
     assert result.code == 0 and result.rows()[-1] != tiny.rows()[-1]
+
+
+def test_the_temperature_is_held_offline_and_free_online(smac, tmp_path, tiny):
+    alpha = lambda run, file: run.agent(file)["log_alpha"].exp().item()
+    assert alpha(tiny, "offline.pt") == pytest.approx(0.2) != alpha(tiny, "final.pt")
+    free = inside(smac, TINY + "--offline-alpha 0", tmp_path)
+    assert alpha(free, "offline.pt") == pytest.approx(1, abs=0.01) and alpha(free, "offline.pt") != 1
 
 
 def test_evaluations_leave_training_as_it_is(smac, tmp_path, tiny):
