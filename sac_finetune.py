@@ -12,9 +12,10 @@ A checkpoint brings its task, its networks and gamma; flags win over it.
     python sac_finetune.py --checkpoint results/checkpoints/hopper-medium-replay_smac_offline.pt
     python sac_finetune.py --checkpoint runs/NAME/offline.pt --offline-fraction 0 --warmup-steps 1000
 From scratch: SAC, and RLPD (Ball et al. 2023, arXiv 2302.02948)
-    python sac_finetune.py --offline-fraction 0 --warmup-steps 5000 --online-optimizer adam
-    python sac_finetune.py --warmup-steps 5000 --utd-ratio 20 --num-critics 10 --target-critics 2 \
-        --critic-layer-norm --critic-activation relu --target-entropy -0.5 --online-optimizer adam
+    python sac_finetune.py --offline-fraction 0 --warmup-steps 5000 --online-optimizer adam --online-rate 1 \
+        --num-critics 2 --no-critic-layer-norm --tau 0.005
+    python sac_finetune.py --warmup-steps 5000 --utd-ratio 20 --num-critics 10 --critic-activation relu \
+        --target-entropy -0.5 --online-optimizer adam --online-rate 1 --tau 0.005
 Going on with a run that was stopped
     python sac_finetune.py --resume runs/NAME
 
