@@ -1,4 +1,4 @@
-"""SMAC, Score-Matched Actor-Critic: offline pre-training that online SAC continues without a collapse.
+"""SMAC, Score-Matched Actor-Critic: offline pre-training made for a handover to online SAC.
 
 de Lara and Shkurti 2026, arXiv 2602.17632. The maximum-entropy optimum is pi*(a|s) ~ exp(Q*(s,a) / alpha), so
 grad_a Q*(s,a) = alpha grad_a log pi*(a|s). SMAC holds the offline critic to that equality. In pi*'s place
@@ -12,7 +12,7 @@ w is the advantage G - V(s), and a high one is asked for. Muon steps the hidden-
 rest. Online it is plain SAC on the same networks. The published form: docs/smac_offline_online.md.
 
     python smac_offline_online.py --env-id hopper-medium-replay      # the main job, data included
-    python smac_offline_online.py --env-id pendulum-medium-replay    # a first look, one minute
+    python smac_offline_online.py --env-id pendulum-medium-replay    # a first look, 1.5 minutes
     python smac_offline_online.py --env-id mujoco/hopper/medium-v0 --download    # any flat Minari dataset
     python smac_offline_online.py --resume runs/NAME                 # go on with a run that was stopped
 
