@@ -46,7 +46,6 @@ import numpy as np
 import pandas as pd
 import tyro
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from scipy.stats import bootstrap, trim_mean
 from tqdm import tqdm
 
@@ -357,8 +356,8 @@ class Recording(NamedTuple):
 
 
 @lru_cache
-def load_recording(dataset_id: str, best: float = 1.0) -> Recording:
-    """A Minari dataset's returns; older csvs know a cut, its share `best` of highest returns."""
+def load_recording(dataset_id: str) -> Recording:
+    """The returns of a Minari dataset."""
     if (ROOT / "datasets" / dataset_id / "data").exists():
         os.environ["MINARI_DATASETS_PATH"] = str(ROOT / "datasets")
     try:
@@ -368,42 +367,36 @@ def load_recording(dataset_id: str, best: float = 1.0) -> Recording:
         fail(f"the dataset {dataset_id} of these runs can't be read ({error}): a verdict needs its returns")
     known = dataset.storage.metadata
     low, high = known.get("ref_min_score", returns.min()), known.get("ref_max_score", returns.max())
-    return Recording(np.sort(returns)[-max(1, round(best * len(returns))) :], low, high)
+    return Recording(returns, low, high)
 
 
-def judge(rows: pd.DataFrame, recording: Recording, eval_every: int) -> dict[str, float]:
-    """Handover drop, regret and verdict from the rows of a metrics.csv, in normalised score points.
+def judge(rows: pd.DataFrame, mean_of_data: float, eval_every: int) -> dict[str, float]:
+    """What a run's metrics.csv says of its handover, in score points; means, for single evaluations jump.
 
-    The offline score is that of online step 0. Window: the first 20% of the online updates, at least 2,000.
-    Drop: offline score minus lowest mean of 3 consecutive evaluations in it. Smooth: a drop of at most 10%
-    (or of two standard errors of the paired difference, if these are at most 10 points), an offline return
-    above the dataset's mean (or no worse than its best, where every episode is), and a final score not below
-    the offline one. Regret: mean of 1 - score / 100, in [0, 1], over regular evaluations.
+    offline  mean of the last 5 offline evaluations; the first online one where there are none
+    drop     offline minus the mean over the window, the first 20% of the online updates, at least 2,000
+    lowest   lowest mean of 3 evaluations in a row in the window
+    final    mean of the last 5 regular evaluations, those at multiples of `eval_every` online steps
+    regret   mean of 1 - score / 100, scores clipped to [0, 100], over the regular evaluations
+    smooth   drop at most 10% of offline, final not below offline, and offline worth keeping: at least
+             90% of the recording's mean score
     """
-    online = rows[rows.phase == "online"].reset_index(drop=True)
-    returns = online.filter(regex=r"^return_\d+$").dropna(axis=1).to_numpy()  # (evaluations, episodes)
-    episodes, scores = recording.score(returns), online.score.to_numpy()
-    offline, final, reached = scores[0], scores[-1], returns[0].mean()
-    # drop = offline score - min_i mean(scores i, i+1, i+2), over the evaluations i of the window
+    offline, online = (rows[rows.phase == phase] for phase in ("offline", "online"))
+    level = (offline if len(offline) else online.iloc[:1]).score.iloc[-5:].mean()
+    if online.empty:
+        return dict(offline=level)
     end = max(2_000, 0.2 * online.updates.iloc[-1])
-    window = online.index[(online.updates > 0) & (online.updates <= end)].to_numpy()
-    window = window if len(window) else online.index.to_numpy()
-    triples = [window[i : i + 3] for i in range(max(1, len(window) - 2))]
-    lowest = min(triples, key=lambda triple: scores[triple].mean())
-    paired = episodes[0] - episodes[lowest].mean(axis=0)  # (episodes,)
-    errors = 2 * paired.std() / max(1, len(paired) - 1) ** 0.5
-    small = paired.mean() <= max(0.1 * offline, errors if errors <= 10 else 0)
-    good = reached > recording.returns.mean() or reached >= recording.returns.max()
-    regular = scores[(online.step % eval_every == 0) & (online.step > 0)]
-    regret = np.mean(1 - np.clip(regular, 0, 100) / 100) if len(regular) else math.nan
-    return dict(offline=offline, drop=paired.mean(), final=final, regret=regret,
-                smooth=bool(small and good and final >= offline))  # fmt: skip
+    window = online[(online.updates > 0) & (online.updates <= end)].score
+    window = window if len(window) else online.score
+    regular = online[(online.step % eval_every == 0) & (online.step > 0)].score
+    drop, lowest = level - window.mean(), window.rolling(min(3, len(window))).mean().min()
+    final = (regular if len(regular) else online.score).iloc[-5:].mean()
+    regret = (1 - regular.clip(0, 100) / 100).mean()
+    smooth = bool(drop <= 0.1 * level and final >= level and level >= 0.9 * mean_of_data)
+    return dict(offline=level, drop=drop, lowest=lowest, final=final, regret=regret, smooth=smooth)
 
 
-# diagnostics in a report: their column in csvs of now and of before
-DIAGNOSTICS = {"cosine, data": ("cosine", "cosine_dataset", 2), "cosine, policy": ("", "cosine_policy", 2),
-               "Q": ("q", "q_policy", 1), "alpha": ("alpha", "alpha", 3),
-               "alpha_psi": ("alpha_psi", "alpha_psi", 3)}  # fmt: skip
+DIAGNOSTICS = {"q": 1, "cosine": 2, "entropy": 2, "alpha": 3, "alpha_psi": 3}  # and their digits in a report
 
 
 def read_rows(path: Path) -> pd.DataFrame:
@@ -417,22 +410,14 @@ def read_rows(path: Path) -> pd.DataFrame:
 
 
 def read_run(path: Path) -> dict:
-    """Scores, verdict and diagnostics of a run from its csv."""
+    """Scores, verdict and, from the last offline evaluation, diagnostics of a run from its csv."""
     rows = read_rows(path)
-    first, task = rows.iloc[0], path.parent.name.split("__")[0]
-    # an older csv may not say which data its run saw: its flags do, and the task's name
-    best = first.get("best_episodes") or (re.findall(r"--best-episodes (\S+)", first["flags"]) or [1])[0]
-    dataset_id = first.get("dataset_id") or f"smac/{task.replace('-', '/', 1)}-v0"
-    recording = load_recording(dataset_id, float(best))
-    offline, online = rows[rows.phase == "offline"], rows[rows.phase == "online"]
-    last = (offline if len(offline) else online).iloc[-1 if len(offline) else 0]
-    run = dict(task=task, variant=first.variant, seed=int(first.seed), flags=first["flags"], rows=rows,
-               offline=last.score, mean=recording.score(recording.returns.mean()))  # fmt: skip
-    run |= judge(rows, recording, first.eval_every) if len(online) else {}
-    for phase, part in (("offline", offline), ("online", online)):
-        spans = [np.ptp(part[name]) if len(part) and name in part else 0 for name in ("updates", "seconds")]
-        run[f"{phase}_rate"] = spans[0] / spans[1] if spans[1] else math.nan
-    return run | {title: last.get(old, last.get(new)) for title, (new, old, _) in DIAGNOSTICS.items()}
+    first, recording = rows.iloc[0], load_recording(rows.dataset_id[0])
+    mean_of_data = recording.score(recording.returns.mean())
+    last = rows[rows.phase == rows.phase.min()].iloc[-1]  # "offline" comes before "online"
+    run = dict(task=path.parent.name.split("__")[0], variant=first.variant, seed=int(first.seed),
+               flags=first["flags"], rows=rows, mean_of_data=mean_of_data)  # fmt: skip
+    return run | judge(rows, mean_of_data, first.eval_every) | {name: last.get(name) for name in DIAGNOSTICS}
 
 
 def read_study(args: ReportArgs) -> pd.DataFrame:
@@ -445,7 +430,7 @@ def read_study(args: ReportArgs) -> pd.DataFrame:
     if not found:
         fail(f"{args.folder} holds no such runs: name the folder of a study, or runs")
     runs = pd.DataFrame(found)
-    runs = runs.reindex(columns=runs.columns.union(["drop", "final", "regret", "smooth"], sort=False))
+    runs = runs.reindex(columns=runs.columns.union([*MEASURES, "smooth"], sort=False))
     plan = read_plan(args.folder) if (args.folder / "plan.toml").exists() else {}
     place = [[*plan.get(task, ()), name].index(name) for task, name in zip(runs.task, runs.variant)]
     runs = runs.assign(place=place).sort_values(["task", "place", "variant", "seed"], ignore_index=True)
@@ -457,6 +442,10 @@ def read_study(args: ReportArgs) -> pd.DataFrame:
 
 
 # === Tables and figures ====================================================================================
+
+# measure: (its name in tables, digits)
+MEASURES = {"offline": ("offline score", 1), "drop": ("drop", 1), "lowest": ("lowest", 1),
+            "final": ("final score", 1), "regret": ("regret", 3)}  # fmt: skip
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
@@ -486,13 +475,13 @@ def plain_report(args: ReportArgs, runs: pd.DataFrame) -> str:
         for variant, group in of_task.groupby("variant", sort=False):
             flags = group["flags"].iloc[0]
             row = {"variant": variant, "flags": flags and f"`{flags}`"}
-            row |= {"seeds": " ".join(map(str, group.seed)), "offline score": cell(group, "offline"),
-                    "drop": cell(group, "drop"), "final score": cell(group, "final"),
-                    "regret": cell(group, "regret", 3), "smooth": smooth_of(group)}  # fmt: skip
+            row |= {"seeds": " ".join(map(str, group.seed))}
+            row |= {title: cell(group, name, digits) for name, (title, digits) in MEASURES.items()}
+            row["smooth"] = smooth_of(group)
             if args.brief:
-                row.pop("flags")
+                row = {name: value for name, value in row.items() if name not in ("flags", "lowest")}
             else:
-                row |= {title: cell(group, title, digits) for title, (*_, digits) in DIAGNOSTICS.items()}
+                row |= {name: cell(group, name, digits) for name, digits in DIAGNOSTICS.items()}
             rows.append(row)
         text += f"### {task}\n\n{markdown(rows)}\n"
         draw_scores(args.folder / f"{task}{'_brief' * args.brief}.png", of_task)
@@ -502,7 +491,8 @@ def plain_report(args: ReportArgs, runs: pd.DataFrame) -> str:
 def cross_report(args: ReportArgs, runs: pd.DataFrame) -> str:
     """A table a task: a row an offline algorithm, a column an online one; drop, final score, smooth ones.
 
-    The online one is the part of a variant's name behind its +, "own" where there is none.
+    The online one is the part of a variant's name behind its +, "own" where there is none. The flags of every
+    column stand below, so that one sees whether it is one recipe.
     """
     text = ""
     for task, of_task in runs.groupby("task"):
@@ -515,13 +505,11 @@ def cross_report(args: ReportArgs, runs: pd.DataFrame) -> str:
             if drop := cell(group, "drop"):
                 row[tuner or "own"] = f"{drop}; {cell(group, 'final')}; {smooth_of(group)}"
         text += f"### {task}\n\n{markdown([*table.values()])}\n"
+        flags = of_task["flags"].str.replace(r" ?--checkpoint \S+", "", regex=True)
+        for tuner, recipes in flags.groupby(of_task.variant.str.partition("+")[2]):
+            text += f"- {tuner or 'own'}: {', '.join(f'`{recipe}`' for recipe in recipes.unique())}\n"
+        text += "\n"
     return text
-
-
-# measure: (its name in tables, digits)
-MEASURES = {"offline": ("offline score", 1), "drop": ("handover drop", 1), "final": ("final score", 1),
-            "regret": ("regret", 3), "offline_rate": ("offline updates/s", 0),
-            "online_rate": ("online updates/s", 0)}  # fmt: skip
 
 
 def mean(*strata: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -541,6 +529,11 @@ def improvement(*strata: np.ndarray, axis: int = -1) -> np.ndarray:
     return np.mean([((x > y) + 0.5 * (x == y)).mean(axis=(-2, -1)) for x, y in pairs], axis=0)
 
 
+def reduction(ours: np.ndarray, theirs: np.ndarray, axis: int = -1) -> np.ndarray:
+    """By which share the mean of ours (..., n) lies below that of theirs (..., m)."""
+    return 1 - ours.mean(axis) / theirs.mean(axis)
+
+
 def estimate(statistic: Callable, strata: list[np.ndarray]) -> tuple[float, float, float]:
     """The statistic and its 95% percentile interval, each stratum resampled alone; NaN for a single run."""
     low = high = math.nan
@@ -551,10 +544,11 @@ def estimate(statistic: Callable, strata: list[np.ndarray]) -> tuple[float, floa
 
 
 def statistics_report(args: ReportArgs, runs: pd.DataFrame) -> str:
-    """Tables with bootstrap intervals for every task and over tasks; statistics.md, .csv and TASK_curves.png.
+    """Tables with bootstrap intervals for every task and over tasks; statistics.md, .csv and curves.png.
 
-    Over tasks: interquartile mean and probability of improvement (Agarwal et al. 2021, arXiv 2108.13264) of
-    the variants that every task has, with the seeds that they have on every task.
+    For every task: by how much a variant's regret lies below that of `--against`. Over tasks: interquartile
+    mean and probability of improvement (Agarwal et al. 2021, arXiv 2108.13264) of the variants that every
+    task has, with the seeds that they have on every task.
     """
     text, found = "", []
 
@@ -572,31 +566,33 @@ def statistics_report(args: ReportArgs, runs: pd.DataFrame) -> str:
         digits = digits or MEASURES[measure][1]
         return f"{value:.{digits}f}" + (f" [{low:.{digits}f}, {high:.{digits}f}]" if low == low else "")
 
+    against = args.against or next(iter(runs.variant[runs.final.notna()]), "")
+    if args.against and args.against not in {*runs.variant[runs.final.notna()]}:
+        fail(f"--against takes a variant with final scores, and {against} is or has none here")
     for task, of_task in runs.groupby("task"):
-        rows = []
+        rows, theirs = [], column(of_task[of_task.variant == against], "regret")
         for variant, group in of_task.groupby("variant", sort=False):
             row = {"variant": variant, "seeds": " ".join(map(str, group.seed))}
             for m, (title, _) in MEASURES.items():
                 row[title] = interval(task, variant, m, "mean", mean, column(group, m))
-            rows.append(row)
+            ours = column(group, "regret") if theirs and variant != against else []
+            shown = interval(task, variant, "regret", f"below {against}", reduction, ours, theirs, 2)
+            rows.append(row | {f"share of {against}'s regret saved": shown})
         text += f"### {task}\n\n{markdown(rows)}\n"
-        draw_curves(args.folder / f"{task}_curves.png", task, of_task)
+    draw_curves(args.folder / "curves.png", runs)
 
     count, shared, rows = runs.task.nunique(), {}, []
     for variant, group in runs.groupby("variant", sort=False):
         group = group[group.groupby("seed").task.transform("nunique") == count]
         shared |= {variant: group} if len(group) else {}
-    online = [variant for variant, group in shared.items() if column(group, "final")]
-    against = args.against or next(iter(online), "")
-    if args.against and args.against not in online:
-        fail(f"--against takes a variant with final scores on every task: {', '.join(online) or 'none has'}")
     for variant, group in shared.items():
         row = {"variant": variant, "tasks": str(count), "seeds": " ".join(map(str, sorted({*group.seed})))}
-        for m in ("offline", "drop", "final", "regret"):
+        for m in MEASURES:
             strata = column(group, m)
             row[f"{MEASURES[m][0]}, IQM"] = interval("all", variant, m, "IQM", interquartile_mean, strata)
-        compared = variant in online and variant != against
+        compared = against in shared and variant != against
         ours, theirs = (column(x, "final") if compared else [] for x in (group, shared.get(against)))
+        ours = ours if theirs else []
         name = f"P(above {against})"
         shown = interval("all", variant, "final", name, improvement, ours, theirs, 2)
         rows.append(row | {f"P(final score above {against}'s)": shown})
@@ -611,12 +607,12 @@ def draw_scores(path: Path, runs: pd.DataFrame) -> None:
     figure = Figure(figsize=(9, 1.5 + 0.28 * runs.variant.nunique()), layout="constrained")
     axes, names = figure.subplots(), [*runs.variant.unique()]
     values = {"end of offline": ("C0", runs.offline), "end of online": ("C2", runs.final.astype(float)),
-              "lowest after the handover": ("C3", (runs.offline - runs["drop"]).astype(float))}  # fmt: skip
+              "lowest after the handover": ("C3", runs.lowest.astype(float))}  # fmt: skip
     for label, (color, scores) in values.items():
         axes.plot(scores, runs.variant.map(names.index), ".", color=color, alpha=0.4)
         means = scores.groupby(runs.variant, sort=False).mean()
         axes.plot(means, range(len(names)), "o", color=color, label=label)
-    axes.axvline(runs["mean"].min(), color="gray", ls=":", label="mean of the recording")
+    axes.axvline(runs.mean_of_data.min(), color="gray", ls=":", label="mean of the recording")
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set(xlabel="normalised score", title=path.stem.removesuffix("_brief"))
@@ -624,42 +620,43 @@ def draw_scores(path: Path, runs: pd.DataFrame) -> None:
     figure.savefig(path, dpi=100)
 
 
-def draw_curves(path: Path, task: str, runs: pd.DataFrame) -> None:
-    """Score against offline updates and online steps, the handover at 0: means and 95% intervals over seeds.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 
-    A panel for each fine-tuner, the part of a variant's name behind its +, a line for each offline algorithm.
+
+def draw_curves(path: Path, runs: pd.DataFrame) -> None:
+    """Small multiples: a row a task, a column a fine-tuner, a labelled line an offline algorithm.
+
+    The fine-tuner is the part of a variant's name behind its +; the handover is at 0. Means over seeds.
     """
-    begun = {variant.split("+")[0] for variant in runs.variant if "+" in variant}
-    split = {}  # variant: (offline algorithm, fine-tuner), without those that others only go on from
-    for variant, group in runs.groupby("variant", sort=False):
-        label, _, tuner = variant.partition("+")
-        if tuner or label not in begun or group.final.notna().any():
-            split[variant] = (label, tuner or "own online phase" * bool(begun))
-    labels, panels = ([*dict.fromkeys(names)] for names in zip(*split.values()))
-    styles = {x: dict(color=f"C{i % 10}", ls=("-", "-.", ":")[i // 10 % 3]) for i, x in enumerate(labels)}
-    figure = Figure(figsize=(2 + 4.5 * len(panels), 4.5), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for variant, (label, panel) in split.items():
-        mine = runs.rows[runs.variant == variant]
-        for phase in ("offline", "online"):
-            each = [rows[rows.phase == phase].groupby("step").score.last() for rows in mine]
-            scores = pd.concat(each, axis=1, join="inner").T  # (seeds, steps that all of them have)
-            if not scores.size:
-                continue
-            axis, style = axes[panels.index(panel)], styles[label]
-            x = scores.columns - (scores.columns[-1] if phase == "offline" else 0)
-            axis.plot(x, scores.mean(), lw=1.5, **style)
-            if len(scores) > 1:
-                found = bootstrap((scores.to_numpy(),), np.mean, method="percentile", rng=0)
-                axis.fill_between(x, *found.confidence_interval, color=style["color"], alpha=0.2, lw=0)
-    for panel, axis in zip(panels, axes):
-        axis.axvline(0, color="black", ls="--", lw=1)
-        axis.set(title=panel, xlabel="offline updates | online steps")
-    axes[0].set_ylabel("normalised score")
-    handles = [Line2D([], [], label=label, **style) for label, style in styles.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), fontsize=8)
-    figure.suptitle(f"{task}: mean and 95% interval over seeds")
-    figure.savefig(path, dpi=100)
+    runs = runs[runs.final.notna()]
+    names = runs.variant.str.partition("+")
+    runs = runs.assign(label=names[0], tuner=names[2].where(names[2] != "", "own online phase"))
+    tasks, tuners, labels = ([*dict.fromkeys(runs[name])] for name in ("task", "tuner", "label"))
+    figure = Figure(figsize=(1 + 4 * len(tuners), 0.5 + 2.5 * len(tasks)), layout="constrained")
+    panels = figure.subplots(len(tasks), len(tuners), squeeze=False, sharex="col", sharey="row")
+    for (task, tuner), group in runs.groupby(["task", "tuner"]):
+        axes, ends = panels[tasks.index(task), tuners.index(tuner)], []
+        for label, mine in group.groupby("label", sort=False):
+            for phase in ("offline", "online"):
+                each = [rows[rows.phase == phase].groupby("step").score.last() for rows in mine.rows]
+                curve = pd.concat(each, axis=1, join="inner").mean(axis=1)  # over seeds, by step
+                x = curve.index - (curve.index.max() if phase == "offline" else 0)
+                axes.plot(x, curve, lw=1.2, color=COLOURS[labels.index(label) % len(COLOURS)])
+            ends.append((curve.iloc[-5:].mean(), label))
+        axes.axvline(0, color="black", ls=":", lw=1)
+        axes.axhline(group.mean_of_data.iloc[0], color="gray", ls=":", lw=1)
+        place = -math.inf
+        for end, label in sorted(ends):  # labels at the lines' ends, pushed upwards where they would overlap
+            place = max(end, place + 9)
+            style = dict(color=COLOURS[labels.index(label) % len(COLOURS)], va="center", fontsize=9)
+            axes.annotate(label, (x.max(), place), (4, 0), textcoords="offset points", **style)
+    for axes, tuner in zip(panels[0], tuners):
+        axes.set_title(tuner)
+    for axes, task in zip(panels[:, 0], tasks):
+        axes.set_ylabel(f"{task}\nscore")
+    for axes in panels[-1]:
+        axes.set_xlabel("offline updates | online steps")
+    figure.savefig(path, dpi=110)
 
 
 # === Main ==================================================================================================

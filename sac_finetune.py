@@ -522,19 +522,18 @@ class Run:
     def report(self) -> None:
         """learning_curve.png, with the handover at 0, and a closing table."""
         mean = self.data.score(self.data.returns.mean())
+        print(f"mean score of the data                 {mean:6.1f}")
         axes = Figure(figsize=(9, 4.5), layout="constrained").subplots()
         for phase in dict.fromkeys(row["phase"] for row in self.rows):
             curve = np.array([[row["step"], row["score"]] for row in self.rows if row["phase"] == phase])
+            print(f"mean score, last 5 {phase + ' evaluations':<19} {curve[-5:, 1].mean():6.1f}")
             curve[:, 0] -= curve[-1, 0] if phase == "offline" else 0
             axes.plot(*curve.T, ".-", label=phase)
         axes.axhline(mean, color="gray", ls=":", label="mean of the data")
         axes.set(xlabel="offline updates (left), online environment steps (right)", ylabel="normalised score")
         axes.legend()
         axes.figure.savefig(self.directory / "learning_curve.png", dpi=120)
-        online = [row["score"] for row in self.rows if row["phase"] == "online"] or [curve[-1, 1]]
-        print(f"mean score of the data  {mean:6.1f}\noffline score           {online[0]:6.1f}\n"
-              f"lowest score online     {min(online):6.1f}\nfinal score             {online[-1]:6.1f}\n"
-              f"all files               {self.directory}")  # fmt: skip
+        print(f"all files                              {self.directory}")
 
 
 # === The phases and main ===================================================================================

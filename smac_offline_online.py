@@ -603,19 +603,18 @@ class Run:
     def report(self) -> None:
         """learning_curve.png, with the handover at 0, and a closing table."""
         mean = self.data.score(self.data.returns.mean())
+        print(f"mean score of the data                 {mean:6.1f}")
         axes = Figure(figsize=(9, 4.5), layout="constrained").subplots()
         for phase in dict.fromkeys(row["phase"] for row in self.rows):
             curve = np.array([[row["step"], row["score"]] for row in self.rows if row["phase"] == phase])
+            print(f"mean score, last 5 {phase + ' evaluations':<19} {curve[-5:, 1].mean():6.1f}")
             curve[:, 0] -= curve[-1, 0] if phase == "offline" else 0
             axes.plot(*curve.T, ".-", label=phase)
         axes.axhline(mean, color="gray", ls=":", label="mean of the data")
         axes.set(xlabel="offline updates (left), online environment steps (right)", ylabel="normalised score")
         axes.legend()
         axes.figure.savefig(self.directory / "learning_curve.png", dpi=120)
-        online = [row["score"] for row in self.rows if row["phase"] == "online"] or [curve[-1, 1]]
-        print(f"mean score of the data  {mean:6.1f}\noffline score           {online[0]:6.1f}\n"
-              f"lowest score online     {min(online):6.1f}\nfinal score             {online[-1]:6.1f}\n"
-              f"all files               {self.directory}")  # fmt: skip
+        print(f"all files                              {self.directory}")
 
 
 # === The phases and main ===================================================================================
@@ -632,13 +631,13 @@ def set_statistics(network: nn.Module, data: Dataset) -> None:
 def with_outcomes(data: Dataset, args: Args) -> dict[str, np.ndarray]:
     """The dataset's columns and w (T,): return-to-go G or advantage G - V(s), mean 0, deviation 1."""
     w = returns_to_go(data.columns["rewards"], data.columns["terminations"], data.ends, args.gamma)
-    if args.advantage is not None:
-        s, normal = data.columns["observations"], np.random.default_rng(0).standard_normal
-        s = (s - s.mean(axis=0)) / (s.std(axis=0) + 1e-3)
-        # V(s): ridge regression of G on 256 random features, (T, 256)
-        x = np.tanh(s @ normal((s.shape[1], 256)) * 0.3 + normal(256))
-        w -= w.mean() + x @ np.linalg.solve(x.T @ x + 1e-6 * len(x) * np.eye(256), x.T @ (w - w.mean()))
-    return data.columns | {"outcomes": (w - w.mean()) / (w.std() + 1e-6)}
+    w = torch.as_tensor(w)  # not numpy, whose last bits depend on its number of threads
+    if args.kappa > 0 and args.advantage is not None:  # V(s): ridge regression on random features x (T, 256)
+        s = torch.as_tensor(data.columns["observations"], dtype=torch.float64)
+        s = F.pad((s - s.mean(0)) / (s.std(0) + 1e-3) / s.shape[1] ** 0.5, (0, 1), value=1.0)
+        x = (s @ torch.as_tensor(np.random.default_rng(0).standard_normal((s.shape[1], 256)))).tanh_()
+        w -= w.mean() + x @ torch.linalg.solve(x.T @ x + 1e-6 * len(x) * torch.eye(256), x.T @ (w - w.mean()))
+    return data.columns | {"outcomes": ((w - w.mean()) / (w.std(correction=0) + 1e-6)).numpy()}
 
 
 def fit_score_estimator(run: Run, columns: dict[str, np.ndarray]) -> ScoreNet:

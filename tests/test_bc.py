@@ -70,7 +70,7 @@ def test_a_run_trains_the_actor_and_leaves_the_critics_as_they_were_drawn(bc, wh
         trained = name.startswith(("actor.net.weights", "actor.net.biases"))
         assert torch.equal(tensor, saved[name]) != trained, name
     sac = load("sac_finetune", ROOT / "sac_finetune.py")
-    sac_args = sac.Args(hidden_sizes=(16, 16), num_critics=3, critic_layer_norm=False)
+    sac_args = sac.Args(hidden_sizes=(16, 16), num_critics=3)
     sac.Agent(3, 1, sac_args).load_state_dict(saved)
 
 

@@ -83,8 +83,8 @@ def test_every_script_ends_well_and_leaves_its_files(trainers, tmp_path, name):
         assert state["rows"][-1]["phase"] == phase and state["args"].keys() == args.keys()
         assert all(tensor.isfinite().all() for tensor in state["parts"]["agent"].values())
     assert {row["phase"] for row in result.rows()} == set(phases)
-    last = result.output.splitlines()[-5:]
-    assert last[0].startswith("mean score of the data") and last[-1].endswith(result.directory.name)
+    assert result.output.splitlines()[-2 - len(phases)].startswith("mean score of the data")
+    assert result.output.splitlines()[-1].endswith(result.directory.name)
 
 
 @pytest.mark.parametrize("name", TRAINERS)
@@ -122,12 +122,10 @@ def test_metrics_hold_every_evaluation(whole):
 
 
 def test_a_run_ends_with_its_table(whole, smac):
-    scores = [float(row["score"]) for row in whole.rows() if row["phase"] == "online"]
+    scores = lambda phase: [float(row["score"]) for row in whole.rows() if row["phase"] == phase]
     data = smac.Dataset("smac/pendulum/medium-replay-v0")
-    expected = {"mean score of the data": data.score(data.returns.mean()), "offline score": scores[0],
-                "lowest score online": min(scores), "final score": scores[-1]}  # fmt: skip
-    for line, (name, value) in zip(whole.output.splitlines()[-5:], expected.items()):
-        assert line.split() == [*name.split(), f"{value:.1f}"]
+    expected = [data.score(data.returns.mean()), *(np.mean(scores(p)[-5:]) for p in ("offline", "online"))]
+    assert [line.split()[-1] for line in whole.output.splitlines()[-4:-1]] == [f"{x:.1f}" for x in expected]
 
 
 def test_tensorboard_has_the_rows_and_every_500th_step(smac, tmp_path, monkeypatch):

@@ -1,0 +1,59 @@
+"""picture_critic.py: its densities and arrows by hand, the picture itself, and what it refuses."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, load
+from matplotlib.figure import Figure
+
+CHECKPOINTS = [ROOT / f"results/checkpoints/pendulum-medium-replay_smac_{x}.pt" for x in ("offline", "final")]
+
+
+@pytest.fixture(scope="module")
+def picture():
+    return load("picture_critic", ROOT / "picture_critic.py")
+
+
+def test_a_density_integrates_to_one(picture):
+    x = torch.linspace(-1, 1, 401)
+    found = picture.density(-(x**2) / 0.02 + 300, x)  # a Gaussian of deviation 0.1
+    np.testing.assert_allclose(found[200], 1 / (0.1 * (2 * np.pi) ** 0.5), rtol=1e-4)
+
+
+def test_arrows_point_where_the_values_do(picture):
+    axes = Figure().subplots()
+    picture.draw_arrows(axes, torch.tensor([-0.5, 0.0, 0.5]), torch.tensor([5.0, -100.0, 0.0]), -1, 10, "red")
+    arrows = axes.collections[0]
+    np.testing.assert_allclose(arrows.U, [0.225, -0.45, 0])  # half, and the most: 0.9 of the gap
+    assert not arrows.V.any()
+
+
+def test_the_nearest_actions_are_those_of_the_nearest_states(picture):
+    data = picture.Dataset("smac/pendulum/medium-replay-v0")
+    assert picture.nearest_actions(data, data.columns["observations"][7], 1) == data.columns["actions"][7]
+
+
+def test_the_picture(picture, tmp_path):
+    figure = picture.draw(picture.Args(tuple(CHECKPOINTS), labels=("SMAC", "after SAC"), states=2))
+    panels = figure.axes
+    assert len(panels) == 4 and [axes.get_title() for axes in panels[:2]] == ["SMAC", "after SAC"]
+    for line in (line for axes in panels for line in axes.lines if len(line.get_xdata())):
+        assert np.trapezoid(line.get_ydata(), line.get_xdata()) == pytest.approx(1, abs=0.02)
+    figure.savefig(tmp_path / "critic.png")
+    assert (tmp_path / "critic.png").stat().st_size > 10_000
+
+
+def test_what_it_refuses_is_one_sentence(picture, tmp_path):
+    other = ROOT / "results/checkpoints/hopper-medium-replay_smac_offline.pt"
+    state = torch.load(CHECKPOINTS[0], weights_only=True)
+    state["parts"]["agent"] = {k: x for k, x in state["parts"]["agent"].items() if "critic" not in k}
+    torch.save(state, tmp_path / "aligned.pt")
+    for change, says in [
+        (dict(checkpoints=()), "several tasks, or none"),
+        (dict(checkpoints=(CHECKPOINTS[0], other)), "several tasks, or none"),
+        (dict(checkpoints=(tmp_path / "aligned.pt",)), "no actor and critics of the common form"),
+        (dict(labels=("a", "b")), "2 labels for 1 checkpoints"),
+        (dict(action=1), "the actions have 1 dimensions"),
+    ]:
+        with pytest.raises(SystemExit, match=says):
+            picture.draw(picture.Args(**dict(checkpoints=(CHECKPOINTS[0],)) | change))
