@@ -125,6 +125,8 @@ def parse_args() -> Args:
     given = tyro.cli(Args, description=__doc__)
     if given.resume:
         saved = load_checkpoint(Path(given.resume) / "last.pt")["args"]
+        if saved.keys() != asdict(given).keys():
+            fail(f"{given.resume} is a run of another script, or of another version of this one: start again")
         return Args(**saved | {"resume": given.resume, "device": given.device})
     return tyro.cli(Args, description=__doc__, default=Args(**TASKS.get(given.env_id, ("", {}))[1]))
 

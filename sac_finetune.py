@@ -113,6 +113,8 @@ def parse_args() -> Args:
     given = tyro.cli(Args, description=__doc__)
     if given.resume:
         saved = load_checkpoint(Path(given.resume) / "last.pt")["args"]
+        if saved.keys() != asdict(given).keys():
+            fail(f"{given.resume} is a run of another script, or of another version of this one: start again")
         return Args(**saved | {"resume": given.resume, "device": given.device})
     saved = load_checkpoint(Path(given.checkpoint))["args"] if given.checkpoint else {}
     own = {name: saved[name] for name in FROM_CHECKPOINT if name in saved}

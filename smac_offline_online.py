@@ -16,8 +16,7 @@ rest. Online it is plain SAC on the same networks. The published form: docs/smac
     python smac_offline_online.py --env-id mujoco/hopper/medium-v0 --download    # any flat Minari dataset
     python smac_offline_online.py --resume runs/NAME                 # go on with a run that was stopped
 
-Writes runs/{env_id}__smac_offline_online__{seed}__{time}/: config.json, a copy of this script, TensorBoard
-events, metrics.csv (a row per evaluation, every return), offline.pt, last.pt, final.pt, learning_curve.png.
+Writes runs/NAME/: metrics.csv, offline.pt, last.pt, final.pt, learning_curve.png and TensorBoard events.
 """
 
 import difflib
@@ -118,6 +117,8 @@ def parse_args() -> Args:
     given = tyro.cli(Args, description=__doc__)
     if given.resume:
         saved = load_checkpoint(Path(given.resume) / "last.pt")["args"]
+        if saved.keys() != asdict(given).keys():
+            fail(f"{given.resume} is a run of another script, or of another version of this one: start again")
         return Args(**saved | {"resume": given.resume, "device": given.device})
     return tyro.cli(Args, description=__doc__, default=Args(**TASKS.get(given.env_id, ("", {}))[1]))
 

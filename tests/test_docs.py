@@ -110,3 +110,9 @@ def test_a_script_keeps_to_its_lines(name):
 
 def test_the_tests_keep_to_their_lines():
     assert sum(len(path.read_text().splitlines()) for path in ROOT.glob("tests/*.py")) <= 4_500
+
+
+def test_the_lesson_quotes_the_script():
+    quotes = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "lesson.md").read_text(), re.DOTALL)
+    script = (ROOT / "smac_offline_online.py").read_text()
+    assert len(quotes) > 5 and not [quote for quote in quotes if quote not in script]

@@ -197,3 +197,10 @@ def test_a_damaged_checkpoint_is_one_sentence(smac, monkeypatch, tmp_path, damag
     message = end.value.code
     assert message.startswith("error: ") and "\n" not in message and str(tmp_path / "last.pt") in message
     assert not (tmp_path / "exploded").exists(), "a foreign pickle was executed"
+
+
+def test_a_run_of_another_script_or_version_is_one_sentence(smac, monkeypatch, tmp_path):
+    torch.save({"args": {"seed": 1, "gone": 2}}, tmp_path / "last.pt")
+    monkeypatch.setattr(sys, "argv", ["smac_offline_online.py", "--resume", str(tmp_path)])
+    with pytest.raises(SystemExit, match="is a run of another script, or of another version of this one"):
+        smac.main()
