@@ -101,8 +101,9 @@ class Args:
 
 # the critics and rates of the collection's comparison, where the temperature arrives; Args: published values
 SMALL = dict(hidden_sizes=(128, 128), num_critics=4, critic_layer_norm=True, tau=0.05, actor_lr=3e-4,
-             offline_optimizer="muon", online_optimizer="muon", batch_size=128, offline_steps=10_000,
-             online_steps=10_000, eval_every=1_000, handover_eval_every=200)  # fmt: skip
+             alpha_cql=10.0, offline_optimizer="muon", online_optimizer="muon", batch_size=128,
+             offline_steps=10_000, online_steps=10_000, eval_every=1_000,
+             handover_eval_every=200)  # fmt: skip
 TINY = SMALL | dict(hidden_sizes=(64, 64), offline_steps=8_000, alpha_cql=1.0, online_steps=4_000,
                     eval_every=500)  # fmt: skip
 # name: (Minari dataset, settings that differ from Args; a flag on the command line wins over both)
