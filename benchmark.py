@@ -489,10 +489,11 @@ def plain_report(args: ReportArgs, runs: pd.DataFrame) -> str:
 
 
 def cross_report(args: ReportArgs, runs: pd.DataFrame) -> str:
-    """A table a task: a row an offline algorithm, a column an online one; drop, final score, smooth ones.
+    """A table a task: a row an offline algorithm, a column an online one; mean scores, and smooth ones.
 
-    The online one is the part of a variant's name behind its +, "own" where there is none. The flags of every
-    column stand below, so that one sees whether it is one recipe.
+    "46 -> 47, 1 of 5": mean over the window, final score, smooth handovers. The online one is the part of a
+    variant's name behind its +, "own" where there is none. The flags of every column stand below, so that one
+    sees whether it is one recipe.
     """
     text = ""
     for task, of_task in runs.groupby("task"):
@@ -502,8 +503,9 @@ def cross_report(args: ReportArgs, runs: pd.DataFrame) -> str:
             label, _, tuner = variant.partition("+")
             row = table.setdefault(label, empty | {"offline algorithm": label})
             row["offline score"] = row["offline score"] or cell(group, "offline")
-            if drop := cell(group, "drop"):
-                row[tuner or "own"] = f"{drop}; {cell(group, 'final')}; {smooth_of(group)}"
+            if group.final.notna().all():
+                level = (group.offline - group["drop"]).mean()
+                row[tuner or "own"] = f"{level:.0f} -> {group.final.mean():.0f}, {smooth_of(group)}"
         text += f"### {task}\n\n{markdown([*table.values()])}\n"
         flags = of_task["flags"].str.replace(r" ?--checkpoint \S+", "", regex=True)
         for tuner, recipes in flags.groupby(of_task.variant.str.partition("+")[2]):
@@ -624,13 +626,14 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 
 def draw_curves(path: Path, runs: pd.DataFrame) -> None:
-    """Small multiples: a row a task, a column a fine-tuner, a labelled line an offline algorithm.
+    """Small multiples: a row a task, a column a fine-tuner, a line an offline algorithm, seven at most.
 
     The fine-tuner is the part of a variant's name behind its +; the handover is at 0. Means over seeds.
     """
-    runs = runs[runs.final.notna()]
     names = runs.variant.str.partition("+")
     runs = runs.assign(label=names[0], tuner=names[2].where(names[2] != "", "own online phase"))
+    runs = runs[runs.final.notna()]
+    runs = runs[runs.label.isin([*dict.fromkeys(runs.label)][: len(COLOURS)])]
     tasks, tuners, labels = ([*dict.fromkeys(runs[name])] for name in ("task", "tuner", "label"))
     figure = Figure(figsize=(1 + 4 * len(tuners), 0.5 + 2.5 * len(tasks)), layout="constrained")
     panels = figure.subplots(len(tasks), len(tuners), squeeze=False, sharex="col", sharey="row")
@@ -641,14 +644,14 @@ def draw_curves(path: Path, runs: pd.DataFrame) -> None:
                 each = [rows[rows.phase == phase].groupby("step").score.last() for rows in mine.rows]
                 curve = pd.concat(each, axis=1, join="inner").mean(axis=1)  # over seeds, by step
                 x = curve.index - (curve.index.max() if phase == "offline" else 0)
-                axes.plot(x, curve, lw=1.2, color=COLOURS[labels.index(label) % len(COLOURS)])
+                axes.plot(x, curve, lw=1.2, color=COLOURS[labels.index(label)])
             ends.append((curve.iloc[-5:].mean(), label))
         axes.axvline(0, color="black", ls=":", lw=1)
         axes.axhline(group.mean_of_data.iloc[0], color="gray", ls=":", lw=1)
         place = -math.inf
         for end, label in sorted(ends):  # labels at the lines' ends, pushed upwards where they would overlap
             place = max(end, place + 9)
-            style = dict(color=COLOURS[labels.index(label) % len(COLOURS)], va="center", fontsize=9)
+            style = dict(color=COLOURS[labels.index(label)], va="center", fontsize=9)
             axes.annotate(label, (x.max(), place), (4, 0), textcoords="offset points", **style)
     for axes, tuner in zip(panels[0], tuners):
         axes.set_title(tuner)

@@ -94,11 +94,10 @@ class Args:
 
 # the critics of the collection's comparison; Args: published values
 SMALL = dict(hidden_sizes=(128, 128), num_critics=4, critic_layer_norm=True, tau=0.05, batch_size=128,
-             offline_steps=10_000, online_steps=10_000, return_range=1_000.0, inverse_temperature=10.0,
-             offline_optimizer="muon", online_optimizer="muon", eval_every=1_000,
-             handover_eval_every=200)  # fmt: skip
+             offline_steps=10_000, online_steps=10_000, return_range=1_000.0, offline_optimizer="muon",
+             online_optimizer="muon", eval_every=1_000, handover_eval_every=200)  # fmt: skip
 TINY = SMALL | dict(hidden_sizes=(64, 64), offline_steps=8_000, online_steps=4_000, expectile=0.9,
-                    return_range=0.0, inverse_temperature=3.0, eval_every=500)  # fmt: skip
+                    return_range=0.0, eval_every=500)  # fmt: skip
 # name: (Minari dataset, settings that differ from Args; a flag on the command line wins over both)
 TASKS = {
     "hopper-medium-replay": ("smac/hopper/medium-replay-v0", SMALL),

@@ -1,20 +1,21 @@
 """Draws what a critic says of the actions around its policy: what SMAC's score term does, in one figure.
 
 The maximum-entropy optimum is pi*(a|s) ~ exp(Q*(s,a) / alpha). So for a few recorded states, and along one
-action dimension, this draws three densities that should be one hill,
+action dimension (the others stay at the policy's mode), this draws
 
     exp(Q(s,a) / alpha)     the policy that the critic asks for
     pi(a|s)                 the policy that there is
-    p(a|s)                  the actions recorded near s
+    recorded actions        of the 100 recorded states nearest to s, good and bad
 
-and below them two rows of arrows that should agree: grad_a Q(s,a) / alpha and the score grad_a log p(a|s,w)
-that SMAC holds it to. A column a checkpoint: one finds out what happens without the term, or at the handover.
+and below them two rows of arrows, grad_a Q(s,a) / alpha and the score grad_a log p(a|s,w) of the first
+checkpoint that has a score estimator, at the w that it asked for. SMAC's offline phase makes them agree.
 
-    python picture_critic.py results/checkpoints/pendulum-medium-replay_smac_offline.pt
+    python picture_critic.py results/checkpoints/hopper-medium-replay_smac_offline.pt
     python picture_critic.py runs/ONE/offline.pt runs/ONE/final.pt runs/OTHER/offline.pt --labels A B C
     python picture_critic.py runs/NAME/offline.pt --action 2 --states 5 --seed 7 --out runs/hip.png
 
-Works with the checkpoints of all scripts but aca_baseline.py's final.pt, whose critics have another form.
+Takes any script's checkpoint but aca_baseline.py's final.pt. Cloning's critics are untrained, and IQL and TD3
+have no maximum-entropy policy: read their pictures with care.
 """
 
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from smac_offline_online import (
 )
 
 INK = dict(critic="#0072B2", policy="#D55E00", data="#999999", score="#009E73")  # Okabe and Ito
+CAP = 10.0  # values from here on get the longest arrow
 
 
 @dataclass
@@ -63,22 +65,27 @@ class Column:
         networks = {"actor": self.actor, "critic": self.critic}
         if "score_net.sigma" in agent:
             networks["score_net"] = self.score_net = ScoreNet(*sizes, args)
+            self.asked = args.advantage or 0.0  # w; 0, the average, for the published form
         try:
             for name, network in networks.items():
-                network.load_state_dict(
-                    {k[len(name) + 1 :]: x for k, x in agent.items() if k.startswith(f"{name}.")}
-                )
+                found = {key: x for key, x in agent.items() if key.startswith(f"{name}.")}
+                network.load_state_dict({key.removeprefix(f"{name}."): x for key, x in found.items()})
         except RuntimeError:
             fail(f"{path} holds no actor and critics of the common form: take an offline.pt")
         self.alpha = float(agent["log_alpha"].exp())
-        self.asked = getattr(args, "advantage", None) or 0.0  # the outcome w that SMAC asked for
 
 
 def nearest_actions(data: Dataset, observation: np.ndarray, count: int = 100) -> np.ndarray:
-    """The actions (count, A) that were recorded in the states nearest to `observation`, in deviations."""
+    """The actions (count, A) recorded in the states nearest to `observation`, measured in deviations."""
     observations = data.columns["observations"]
     distance = ((observations - observation) / (observations.std(axis=0) + 1e-3)) ** 2
     return data.columns["actions"][distance.sum(axis=1).argsort()[:count]]
+
+
+def kernel_density(actions: np.ndarray, x: Tensor, width: float = 0.1) -> Tensor:
+    """Density (K,) of actions (n,) in [-1, 1] on the points x, Gaussian kernels, reflected at the bounds."""
+    places = torch.as_tensor(np.concatenate([actions, -2 - actions, 2 - actions]))
+    return density(torch.logsumexp(-0.5 * ((x[:, None] - places) / width) ** 2, dim=1), x)
 
 
 def density(log_values: Tensor, x: Tensor) -> Tensor:
@@ -87,53 +94,52 @@ def density(log_values: Tensor, x: Tensor) -> Tensor:
     return values / torch.trapezoid(values, x)
 
 
-def draw_arrows(axes: Axes, x: Tensor, values: Tensor, y: float, scale: float, colour: str) -> None:
-    """A row of horizontal arrows at height y: as long as values (K,) / scale, at most the gap between two."""
-    gap = float(x[1] - x[0])
-    length = (values / scale).clamp(-1, 1) * 0.9 * gap
-    style = dict(
-        angles="xy", scale_units="xy", scale=1, width=0.006, headwidth=4, headlength=4, clip_on=False
-    )
+def draw_arrows(axes: Axes, x: Tensor, values: Tensor, y: float, colour: str) -> None:
+    """A row of horizontal arrows at height y: of the length of `values` (K,), the longest from CAP on."""
+    length = (values / CAP).clamp(-1, 1) * 0.9 * (x[1] - x[0])
+    style = dict(angles="xy", scale_units="xy", scale=1, width=0.006, headwidth=4, headlength=4)
     arrows = axes.quiver(x, torch.full_like(x, y), length, torch.zeros_like(x), color=colour, **style)
     arrows.set_in_layout(False)  # its extent is wrong while the layout is found
 
 
-def draw_panel(axes: Axes, column: Column, data: Dataset, row: int, score_net: ScoreNet | None, k: int):
-    """Three densities along action dimension k in the recorded state of this row, and two rows of arrows."""
-    observation = data.columns["observations"][row]
-    o, x = torch.as_tensor(observation)[None], torch.linspace(-0.999, 0.999, 401)
-    mode = column.actor.mode(o).detach()
-    line = lambda points: mode.repeat(len(points), 1).index_copy(1, torch.tensor([k]), points[:, None])
+def draw_panel(
+    axes: Axes, column: Column, scorer: Column | None, data: Dataset, index: int, dim: int
+) -> None:
+    """Three densities and two rows of arrows along action dimension `dim`, in recorded state `index`."""
+    observation = data.columns["observations"][index]
+    state, x = torch.as_tensor(observation)[None], torch.linspace(-0.999, 0.999, 401)
+    mean, log_std = (part.detach() for part in column.actor(state))
 
-    near = nearest_actions(data, observation)[:, k]
-    kernel = np.exp(-0.5 * ((x.numpy()[:, None] - near) / 0.1) ** 2).sum(axis=1)  # as wide as sigma_1
-    data_density = density(torch.as_tensor(kernel).log(), x)
-    actions = line(x)
-    mean, log_std = column.actor(o)
-    log_pi = squashed_gaussian_log_prob(torch.atanh(actions), mean, log_std)
-    q = column.critic(o, actions).mean(dim=0).detach()
-    axes.fill_between(x, data_density, color=INK["data"], alpha=0.4, lw=0)
+    def vary(middle: Tensor, values: Tensor) -> Tensor:
+        """The vector `middle` (1, A) with these values (K,) in dimension `dim`: (K, A)."""
+        return middle.repeat(len(values), 1).index_copy(1, torch.tensor([dim]), values[:, None])
+
+    axes.fill_between(
+        x, kernel_density(nearest_actions(data, observation)[:, dim], x), color=INK["data"], alpha=0.4
+    )
+    log_pi = squashed_gaussian_log_prob(vary(mean, torch.atanh(x)), mean, log_std)
+    q = column.critic(state, vary(torch.tanh(mean), x)).mean(dim=0).detach()
     for name, log_values in (("policy", log_pi), ("critic", q / column.alpha)):
-        axes.plot(x, density(log_values.detach(), x), color=INK[name], lw=1.5)
+        axes.plot(x, density(log_values, x), color=INK[name], lw=1.5)
 
     points = torch.linspace(-0.9, 0.9, 10)
-    actions = line(points).requires_grad_()
-    (gradient,) = torch.autograd.grad(column.critic(o, actions).mean(dim=0).sum(), actions)
-    top = axes.get_ylim()[1]
-    draw_arrows(axes, points, gradient[:, k] / column.alpha, -0.12 * top, 10, INK["critic"])
-    if score_net:
-        w = torch.full((len(points),), column.asked)
-        score = score_net.score(o.expand(len(points), -1), actions.detach(), w).detach()
-        draw_arrows(axes, points, score[:, k], -0.25 * top, 10, INK["score"])
-    axes.set(xlim=(-1, 1), ylim=(-0.35 * top, top), yticks=[])
-    axes.text(0.02, 0.95, f"Q {float(q.max()):.0f}", transform=axes.transAxes, va="top", fontsize=8)
+    actions = vary(torch.tanh(mean), points).requires_grad_()
+    (gradient,) = torch.autograd.grad(column.critic(state, actions).mean(dim=0).sum(), actions)
+    top = 1.2 * axes.get_ylim()[1]
+    draw_arrows(axes, points, gradient[:, dim] / column.alpha, -0.1 * top, INK["critic"])
+    if scorer:
+        w = torch.full_like(points, scorer.asked)
+        score = scorer.score_net.score(state.expand(len(points), -1), actions.detach(), w).detach()
+        draw_arrows(axes, points, score[:, dim], -0.22 * top, INK["score"])
+    axes.set(xlim=(-1, 1), ylim=(-0.3 * top, top), yticks=[])
+    axes.text(0.02, 0.96, f"highest Q {q.max():.0f}", transform=axes.transAxes, va="top", fontsize=8)
 
 
 def draw(args: Args) -> Figure:
     """The figure: a row a state, a column a checkpoint."""
     columns = [Column(path) for path in args.checkpoints]
     if len({column.dataset_id for column in columns}) != 1:
-        fail("the checkpoints are of several tasks, or none is named: name some of one task")
+        fail("name at least one checkpoint, and all of the same task")
     if args.labels and len(args.labels) != len(columns):
         fail(f"{len(args.labels)} labels for {len(columns)} checkpoints: give one each")
     data = Dataset(columns[0].dataset_id)
@@ -141,37 +147,33 @@ def draw(args: Args) -> Figure:
         fail(
             f"--action {args.action}: the actions have {data.columns['actions'].shape[1]} dimensions, from 0"
         )
-    rows = np.random.default_rng(args.seed).choice(len(data.columns["rewards"]), args.states, replace=False)
-    score_net = next((column.score_net for column in columns if column.score_net), None)
+    indices = np.random.default_rng(args.seed).choice(
+        len(data.columns["rewards"]), args.states, replace=False
+    )
+    scorer = next((column for column in columns if column.score_net), None)
     size = (1.6 + 2.8 * len(columns), 1.2 + 1.7 * args.states)
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(args.states, len(columns), squeeze=False, sharex=True)
-    for i, row in enumerate(rows):
-        for j, column in enumerate(columns):
-            draw_panel(panels[i, j], column, data, row, score_net, args.action)
+    for i, index in enumerate(indices):
+        for axes, column in zip(panels[i], columns):
+            draw_panel(axes, column, scorer, data, index, args.action)
         panels[i, 0].set_ylabel(f"state {i + 1}")
     for axes, title in zip(panels[0], args.labels or [column.title for column in columns]):
         axes.set_title(title, fontsize=10)
     for axes in panels[-1]:
         axes.set_xlabel(f"action {args.action}")
-    names = {
-        "critic": r"$\exp(Q/\alpha)$; arrows: $\nabla Q/\alpha$",
-        "policy": "policy",
-        "data": "recorded near the state",
-    }
-    names |= {"score": "arrows: score"} if score_net else {}
+    names = {"critic": r"$\exp(Q/\alpha)$; arrows: $\nabla Q/\alpha$", "policy": "policy"}
+    names |= {"data": "recorded near the state"} | ({"score": "arrows: score"} if scorer else {})
     handles = [
         panels[0, 0].plot([], [], color=INK[name], lw=3, label=text)[0] for name, text in names.items()
     ]
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=min(len(names), 1 + len(columns)), fontsize=8
-    )
+    columns_of_legend = min(len(names), 1 + len(columns))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns_of_legend, fontsize=8)
     return figure
 
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
-    torch.manual_seed(args.seed)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     draw(args).savefig(args.out, dpi=120)
     print(f"picture: {args.out}")

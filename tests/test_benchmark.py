@@ -324,7 +324,7 @@ def test_the_plain_and_the_crossed_table(benchmark, results, capsys):
     benchmark.report(benchmark.ReportArgs(results, cross=True, seeds=(11,)))
     text = capsys.readouterr().out
     assert "| offline algorithm | offline score | own | td3 |" in text
-    assert "| a | 40.0 | -10.0; 50.0; 1 of 1 | 39.0; 1.0; 0 of 1 |" in text
+    assert "| a | 40.0 | 50 -> 50, 1 of 1 | 1 -> 1, 0 of 1 |" in text
     assert "- own: `--x`\n- td3: `--x`\n" in text  # the recipe of each column
     with pytest.raises(SystemExit, match="holds no such runs"):
         benchmark.report(benchmark.ReportArgs(results, seeds=(99,)))

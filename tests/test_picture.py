@@ -20,9 +20,15 @@ def test_a_density_integrates_to_one(picture):
     np.testing.assert_allclose(found[200], 1 / (0.1 * (2 * np.pi) ** 0.5), rtol=1e-4)
 
 
+def test_recorded_actions_at_the_bounds_count_as_others(picture):
+    x = torch.linspace(-1, 1, 401)
+    found = picture.kernel_density(np.random.default_rng(1).uniform(-1, 1, 20_000).astype("f4"), x)
+    np.testing.assert_allclose(found, 0.5, atol=0.05)
+
+
 def test_arrows_point_where_the_values_do(picture):
     axes = Figure().subplots()
-    picture.draw_arrows(axes, torch.tensor([-0.5, 0.0, 0.5]), torch.tensor([5.0, -100.0, 0.0]), -1, 10, "red")
+    picture.draw_arrows(axes, torch.tensor([-0.5, 0.0, 0.5]), torch.tensor([5.0, -100.0, 0.0]), -1, "red")
     arrows = axes.collections[0]
     np.testing.assert_allclose(arrows.U, [0.225, -0.45, 0])  # half, and the most: 0.9 of the gap
     assert not arrows.V.any()
@@ -49,8 +55,8 @@ def test_what_it_refuses_is_one_sentence(picture, tmp_path):
     state["parts"]["agent"] = {k: x for k, x in state["parts"]["agent"].items() if "critic" not in k}
     torch.save(state, tmp_path / "aligned.pt")
     for change, says in [
-        (dict(checkpoints=()), "several tasks, or none"),
-        (dict(checkpoints=(CHECKPOINTS[0], other)), "several tasks, or none"),
+        (dict(checkpoints=()), "all of the same task"),
+        (dict(checkpoints=(CHECKPOINTS[0], other)), "all of the same task"),
         (dict(checkpoints=(tmp_path / "aligned.pt",)), "no actor and critics of the common form"),
         (dict(labels=("a", "b")), "2 labels for 1 checkpoints"),
         (dict(action=1), "the actions have 1 dimensions"),
