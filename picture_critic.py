@@ -10,7 +10,7 @@ action dimension (the others stay at the policy's mode), this draws
 and below them two rows of arrows, grad_a Q(s,a) / alpha and the score grad_a log p(a|s,w) of the first
 checkpoint that has a score estimator, at the w that it asked for. SMAC's offline phase makes them agree.
 
-    python picture_critic.py results/checkpoints/hopper-medium-replay_smac_offline.pt
+    python picture_critic.py results/checkpoints/hopper-medium_smac_offline.pt
     python picture_critic.py runs/ONE/offline.pt runs/ONE/final.pt runs/OTHER/offline.pt --labels A B C
     python picture_critic.py runs/NAME/offline.pt --action 2 --states 5 --seed 7 --out runs/hip.png
 
