@@ -509,7 +509,8 @@ def cross_report(args: ReportArgs, runs: pd.DataFrame) -> str:
         text += f"### {task}\n\n{markdown([*table.values()])}\n"
         flags = of_task["flags"].str.replace(r" ?--checkpoint \S+", "", regex=True)
         for tuner, recipes in flags.groupby(of_task.variant.str.partition("+")[2]):
-            text += f"- {tuner or 'own'}: {', '.join(f'`{recipe}`' for recipe in recipes.unique())}\n"
+            if tuner not in ("", "own"):
+                text += f"- {tuner}: {', '.join(f'`{recipe}`' for recipe in recipes.unique())}\n"
         text += "\n"
     return text
 
@@ -628,7 +629,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 def draw_curves(path: Path, runs: pd.DataFrame) -> None:
     """Small multiples: a row a task, a column a fine-tuner, a line an offline algorithm, seven at most.
 
-    The fine-tuner is the part of a variant's name behind its +; the handover is at 0. Means over seeds.
+    The fine-tuner is the part of a variant's name behind its +; the handover is at 0. Means over seeds and
+    three evaluations in a row.
     """
     names = runs.variant.str.partition("+")
     runs = runs.assign(label=names[0], tuner=names[2].where(names[2] != "", "own online phase"))
@@ -643,9 +645,10 @@ def draw_curves(path: Path, runs: pd.DataFrame) -> None:
             for phase in ("offline", "online"):
                 each = [rows[rows.phase == phase].groupby("step").score.last() for rows in mine.rows]
                 curve = pd.concat(each, axis=1, join="inner").mean(axis=1)  # over seeds, by step
+                curve = curve.rolling(3, min_periods=1).mean()
                 x = curve.index - (curve.index.max() if phase == "offline" else 0)
                 axes.plot(x, curve, lw=1.2, color=COLOURS[labels.index(label)])
-            ends.append((curve.iloc[-5:].mean(), label))
+            ends.append((curve.iloc[-1], label))
         axes.axvline(0, color="black", ls=":", lw=1)
         axes.axhline(group.mean_of_data.iloc[0], color="gray", ls=":", lw=1)
         place = -math.inf

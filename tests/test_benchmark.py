@@ -325,7 +325,7 @@ def test_the_plain_and_the_crossed_table(benchmark, results, capsys):
     text = capsys.readouterr().out
     assert "| offline algorithm | offline score | own | td3 |" in text
     assert "| a | 40.0 | 50 -> 50, 1 of 1 | 1 -> 1, 0 of 1 |" in text
-    assert "- own: `--x`\n- td3: `--x`\n" in text  # the recipe of each column
+    assert "\n- td3: `--x`\n" in text  # the recipe of the column
     with pytest.raises(SystemExit, match="holds no such runs"):
         benchmark.report(benchmark.ReportArgs(results, seeds=(99,)))
 
@@ -344,6 +344,18 @@ def test_the_statistics_by_hand(benchmark, results, capsys):
     assert (results / "curves.png").stat().st_size > 5_000
     with pytest.raises(SystemExit, match="--against takes a variant with final scores, and c is"):
         benchmark.report(benchmark.ReportArgs(results, statistics=True, against="c"))
+
+
+def test_pages_show_what_the_csvs_say(benchmark):
+    """The README's table, and the tables of the comparison's page."""
+    args = benchmark.ReportArgs(ROOT / "results" / "comparison")
+    runs = benchmark.read_study(args)
+    text = benchmark.cross_report(args, runs)
+    page = (ROOT / "results" / "comparison" / "README.md").read_text()
+    assert text.strip() in page
+    readme = (ROOT / "README.md").read_text().split("## What was found")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| .*", readme, re.MULTILINE)
+    assert 5 < len(rows) <= 10 and not [row for row in rows if row not in text]
 
 
 @pytest.mark.parametrize("plan", sorted(ROOT.glob("results/*/plan.toml")), ids=lambda path: path.parent.name)
