@@ -104,14 +104,6 @@ def test_the_ends_score_what_the_run_measured(landscape, draw):
     assert done.rows[0]["label"] == "smac_offline_online" and done.rows[0]["online_phase"] == "online"
 
 
-def test_the_columns_are_those_of_the_results(draw):
-    for words in ("line pendulum-medium-replay_line 10", "plane hopper-medium-replay_smac_plane 5"):
-        kind, name, episodes = words.split()
-        rows = draw(f"{kind} {OFFLINE} {FINAL}", f"--workers 1 --episodes {episodes}").rows
-        with open(ROOT / "results" / "landscape" / f"{name}.csv", newline="") as file:
-            assert list(rows[0]) == next(csv.reader(file))
-
-
 def test_the_depth_and_its_error_by_hand(landscape):
     x = np.array([-0.5, 0, 0.5, 1, 1.5])
     # means -9, 10, 4, 8, -9: the path is from x = 0 to 1, its lower end 8, its lowest 4
