@@ -378,8 +378,9 @@ def judge(rows: pd.DataFrame, mean_of_data: float, eval_every: int) -> dict[str,
     lowest   lowest mean of 3 evaluations in a row in the window
     final    mean of the last 5 regular evaluations, those at multiples of `eval_every` online steps
     regret   mean of 1 - score / 100, scores clipped to [0, 100], over the regular evaluations
-    smooth   drop at most 10% of offline, final not below offline, and offline worth keeping: at least
-             90% of the recording's mean score
+    smooth   drop at most 10% of offline, lowest at least half of it (a collapse that is over before the
+             window ends leaves no drop), final not below it, and offline worth keeping: at least 90% of
+             the recording's mean score
     """
     offline, online = (rows[rows.phase == phase] for phase in ("offline", "online"))
     level = (offline if len(offline) else online.iloc[:1]).score.iloc[-5:].mean()
@@ -392,7 +393,8 @@ def judge(rows: pd.DataFrame, mean_of_data: float, eval_every: int) -> dict[str,
     drop, lowest = level - window.mean(), window.rolling(min(3, len(window))).mean().min()
     final = (regular if len(regular) else online.score).iloc[-5:].mean()
     regret = (1 - regular.clip(0, 100) / 100).mean()
-    smooth = bool(drop <= 0.1 * level and final >= level and level >= 0.9 * mean_of_data)
+    kept = drop <= 0.1 * level and lowest >= 0.5 * level and final >= level
+    smooth = bool(kept and level >= 0.9 * mean_of_data)
     return dict(offline=level, drop=drop, lowest=lowest, final=final, regret=regret, smooth=smooth)
 
 
@@ -491,9 +493,9 @@ def plain_report(args: ReportArgs, runs: pd.DataFrame) -> str:
 def cross_report(args: ReportArgs, runs: pd.DataFrame) -> str:
     """A table a task: a row an offline algorithm, a column an online one; mean scores, and smooth ones.
 
-    "46 -> 47, 1 of 5": mean over the window, final score, smooth handovers. The online one is the part of a
-    variant's name behind its +, "own" where there is none. The flags of every column stand below, so that one
-    sees whether it is one recipe.
+    "46 (38) -> 47, 1 of 5": mean over the window, lowest three evaluations in it, final score, smooth
+    handovers. The online one is the part of a variant's name behind its +, "own" where there is none. The
+    flags of every other column stand below, so that one sees whether it is one recipe.
     """
     text = ""
     for task, of_task in runs.groupby("task"):
@@ -505,7 +507,8 @@ def cross_report(args: ReportArgs, runs: pd.DataFrame) -> str:
             row["offline score"] = row["offline score"] or cell(group, "offline")
             if group.final.notna().all():
                 level = (group.offline - group["drop"]).mean()
-                row[tuner or "own"] = f"{level:.0f} -> {group.final.mean():.0f}, {smooth_of(group)}"
+                shown = f"{level:.0f} ({group.lowest.mean():.0f}) -> {group.final.mean():.0f}"
+                row[tuner or "own"] = f"{shown}, {smooth_of(group)}"
         text += f"### {task}\n\n{markdown([*table.values()])}\n"
         flags = of_task["flags"].str.replace(r" ?--checkpoint \S+", "", regex=True)
         for tuner, recipes in flags.groupby(of_task.variant.str.partition("+")[2]):
@@ -538,9 +541,13 @@ def reduction(ours: np.ndarray, theirs: np.ndarray, axis: int = -1) -> np.ndarra
 
 
 def estimate(statistic: Callable, strata: list[np.ndarray]) -> tuple[float, float, float]:
-    """The statistic and its 95% percentile interval, each stratum resampled alone; NaN for a single run."""
+    """The statistic and its 95% percentile interval, each stratum resampled alone.
+
+    NaN below five runs in a stratum: of three, the interval would be their range, which covers the mean far
+    less often than it says.
+    """
     low = high = math.nan
-    if min(map(len, strata)) > 1:
+    if min(map(len, strata)) > 4:
         found = bootstrap(strata, statistic, n_resamples=10_000, vectorized=True, method="percentile", rng=0)
         low, high = found.confidence_interval
     return float(statistic(*strata)), float(low), float(high)
@@ -642,10 +649,14 @@ def draw_curves(path: Path, runs: pd.DataFrame) -> None:
     for (task, tuner), group in runs.groupby(["task", "tuner"]):
         axes, ends = panels[tasks.index(task), tuners.index(tuner)], []
         for label, mine in group.groupby("label", sort=False):
+            start = pd.Series(dtype=float)
             for phase in ("offline", "online"):
                 each = [rows[rows.phase == phase].groupby("step").score.last() for rows in mine.rows]
                 curve = pd.concat(each, axis=1, join="inner").mean(axis=1)  # over seeds, by step
                 curve = curve.rolling(3, min_periods=1).mean()
+                if phase == "online" and len(start):
+                    curve.loc[0] = start.iloc[-1]  # one policy: the smoothed score before the handover
+                start = curve
                 x = curve.index - (curve.index.max() if phase == "offline" else 0)
                 axes.plot(x, curve, lw=1.2, color=COLOURS[labels.index(label)])
             ends.append((curve.iloc[-1], label))
@@ -653,9 +664,11 @@ def draw_curves(path: Path, runs: pd.DataFrame) -> None:
         axes.axhline(group.mean_of_data.iloc[0], color="gray", ls=":", lw=1)
         place = -math.inf
         for end, label in sorted(ends):  # labels at the lines' ends, pushed upwards where they would overlap
-            place = max(end, place + 9)
-            style = dict(color=COLOURS[labels.index(label)], va="center", fontsize=9)
+            place = max(end, place + 6)
+            style = dict(color=COLOURS[labels.index(label)], va="center", fontsize=8)
             axes.annotate(label, (x.max(), place), (4, 0), textcoords="offset points", **style)
+    for axes in (axes for axes in panels.flat if not axes.lines):
+        axes.text(0.5, 0.5, "not run", transform=axes.transAxes, ha="center")
     for axes, tuner in zip(panels[0], tuners):
         axes.set_title(tuner)
     for axes, task in zip(panels[:, 0], tasks):

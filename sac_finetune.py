@@ -75,7 +75,7 @@ class Args:
     target_entropy: float = -1.0  # entropy that the automatic temperature holds, per action dimension
     # online phase
     online_steps: int = 250_000  # environment steps of the online phase
-    online_rate: float = 0.3  # share of the learning rates that is used: a smoother handover
+    online_rate: float = 0.3  # share of the learning rates that is used; 1 is as smooth (results/handover)
     offline_fraction: float = 0.5  # share of offline data in online batches
     utd_ratio: int = 1  # critic updates, each on a fresh batch, per environment step and actor update
     warmup_steps: int = 0  # environment steps before the first online update, acted by the policy

@@ -83,7 +83,7 @@ class Args:
     score_control: Literal["none", "zero", "shuffled"] = "none"  # control: 0, or another row's score
     # online phase
     online_steps: int = 250_000  # environment steps of the online phase
-    online_rate: float = 0.3  # learning rates online, as a share of those offline: a smoother handover
+    online_rate: float = 0.3  # learning rates online, a share of those offline; 1 is as smooth
     offline_fraction: float = 0.5  # share of offline data in online batches
     utd_ratio: int = 1  # critic updates, each on a fresh batch, per environment step and actor update
     eval_every: int = 5_000  # updates (offline) or environment steps (online) between evaluations

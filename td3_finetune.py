@@ -79,7 +79,7 @@ class Args:
     bc_alpha: float = 0.0  # TD3+BC's weight of Q against imitation, 2.5 in the paper; 0 is TD3
     # online phase
     online_steps: int = 250_000  # environment steps of the online phase
-    online_rate: float = 0.3  # share of the learning rates that is used: a smoother handover
+    online_rate: float = 0.3  # share of the learning rates that is used; 1 is as smooth (results/handover)
     offline_fraction: float = 0.5  # share of offline data in online batches
     utd_ratio: int = 1  # critic updates, each on a fresh batch, per environment step and actor update
     warmup_steps: int = 0  # environment steps before the first online update, acted by the policy

@@ -54,13 +54,15 @@ def test_the_measures_by_hand(benchmark):
 @pytest.mark.parametrize("change, smooth", [
     (dict(level=45), True),
     (dict(level=44), False),  # a drop of 6 is over a tenth of 50
+    (dict(levels=(24, 24, 24, 90, 99)), False),  # a collapse, over before the window ends
+    (dict(levels=(25, 25, 25, 90, 99)), True),
     (dict(final=49), False),  # ends below the offline score
     (dict(mean=55), True),
     (dict(mean=56), False),  # the offline policy is not worth keeping
 ])  # fmt: skip
 def test_what_is_smooth(benchmark, change, smooth):
-    case = SimpleNamespace(**dict(level=50, final=60, mean=20) | change)
-    low = [(step, step, case.level) for step in (100, 200, 300)]
+    case = SimpleNamespace(**dict(level=50, levels=(), final=60, mean=20) | change)
+    low = [(100 * i, 100 * i, level) for i, level in enumerate(case.levels or [case.level] * 3, 1)]
     rows = evaluations((0, 0, 50), *low, (10_000, 10_000, case.final))
     assert benchmark.judge(rows, case.mean, 1000)["smooth"] is smooth
 
@@ -324,7 +326,7 @@ def test_the_plain_and_the_crossed_table(benchmark, results, capsys):
     benchmark.report(benchmark.ReportArgs(results, cross=True, seeds=(11,)))
     text = capsys.readouterr().out
     assert "| offline algorithm | offline score | own | td3 |" in text
-    assert "| a | 40.0 | 50 -> 50, 1 of 1 | 1 -> 1, 0 of 1 |" in text
+    assert "| a | 40.0 | 50 (50) -> 50, 1 of 1 | 1 (1) -> 1, 0 of 1 |" in text
     assert "\n- td3: `--x`\n" in text  # the recipe of the column
     with pytest.raises(SystemExit, match="holds no such runs"):
         benchmark.report(benchmark.ReportArgs(results, seeds=(99,)))
@@ -333,13 +335,16 @@ def test_the_plain_and_the_crossed_table(benchmark, results, capsys):
 def test_the_statistics_by_hand(benchmark, results, capsys):
     benchmark.report(benchmark.ReportArgs(results, statistics=True, against="b"))
     found = pd.read_csv(results / "statistics.csv").set_index(["task", "variant", "measure", "statistic"])
-    assert tuple(found.loc["one", "a", "final", "mean"]) == (60, 50, 70, 2)
+    value, low, high, count = found.loc["one", "a", "final", "mean"]
+    assert (value, count) == (60, 2) and np.isnan([low, high]).all()  # two runs have no interval
     assert found.loc[("all", "a", "final", "IQM"), "value"] == 80  # the middle two of 50 70 90 95
     assert found.loc[("one", "a", "regret", "below b"), "value"] == pytest.approx(1 - 0.4 / 0.5)
     # P: (0 + 1 + 1 + 1) / 4 on the first task, (1/2 + 1 + 1 + 1) / 4 on the second
     assert found.loc[("all", "a", "final", "P(above b)"), "value"] == pytest.approx((0.75 + 0.875) / 2)
     assert "all" not in found.loc[(slice(None), "a+td3"), :].reset_index().task.to_numpy()
-    assert np.isnan(benchmark.estimate(benchmark.mean, [np.ones(1)])[1])  # a single run has no interval
+    assert np.isnan(benchmark.estimate(benchmark.mean, [np.arange(4.0)])[1])
+    value, low, high = benchmark.estimate(benchmark.mean, [np.arange(5.0)])
+    assert value == 2 and 0 < low < 1.2 and 2.8 < high < 4
     assert (results / "statistics.md").read_text() in capsys.readouterr().out
     assert (results / "curves.png").stat().st_size > 5_000
     with pytest.raises(SystemExit, match="--against takes a variant with final scores, and c is"):
