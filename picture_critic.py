@@ -18,26 +18,18 @@ Takes any script's checkpoint but aca_baseline.py's final.pt. Cloning's critics 
 have no maximum-entropy policy: read their pictures with care.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
+import minari
 import numpy as np
 import torch
+import torch.nn.functional as F
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
-
-from smac_offline_online import (
-    Actor,
-    Critic,
-    Dataset,
-    ScoreNet,
-    fail,
-    load_checkpoint,
-    squashed_gaussian_log_prob,
-)
 
 INK = dict(critic="#0072B2", policy="#D55E00", data="#999999", score="#009E73")  # Okabe and Ito
 CAP = 10.0  # values from here on get the longest arrow
@@ -53,33 +45,102 @@ class Args:
     out: Path = Path("runs/critic.png")  # file of the picture
 
 
+def fail(message: str):
+    """Ends the program with one sentence that says what is wrong and what to do."""
+    raise SystemExit(f"error: {' '.join(message.split())}")
+
+
+def load_transitions(dataset_id: str) -> tuple[np.ndarray, np.ndarray]:
+    """Recorded observations (T, O) and actions (T, A), scaled to [-1, 1], of a Minari dataset."""
+    bundled = Path(__file__).resolve().parent / "datasets" / dataset_id / "data"
+    try:
+        dataset = minari.MinariDataset(bundled) if bundled.exists() else minari.load_dataset(dataset_id)
+        episodes = list(dataset.iterate_episodes())
+    except Exception as error:  # Minari and h5py raise many kinds
+        fail(f"dataset {dataset_id!r} can't be read ({error}): fetch it with a training script's --download")
+    box = dataset.action_space
+    actions = np.concatenate([e.actions for e in episodes])
+    actions = (actions - (box.high + box.low) / 2) / ((box.high - box.low) / 2)
+    observations = np.concatenate([e.observations[:-1] for e in episodes])
+    return observations.astype(np.float32), actions.astype(np.float32)
+
+
+def nearest(observations: np.ndarray, observation: np.ndarray, count: int = 100) -> np.ndarray:
+    """Indices (count,) of the states nearest to `observation`, measured in deviations."""
+    distance = ((observations - observation) / (observations.std(axis=0) + 1e-3)) ** 2
+    return distance.sum(axis=1).argsort()[:count]
+
+
+# === The networks of a checkpoint ==========================================================================
+
+LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0  # CleanRL, sac_continuous_action.py
+
+
+def squashed_gaussian_log_prob(u: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """log density of a = tanh(u), u ~ N(mean, std^2), from u, never from atanh(a). (B, A) -> (B,).
+
+    sum_k [log N(u_k; mean_k, std_k) - log(1 - tanh(u_k)^2)], the last as 2 (log 2 - u - softplus(-2u)).
+    """
+    gaussian = -0.5 * ((u - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
+    return (gaussian - 2 * (math.log(2) - u - F.softplus(-2 * u))).sum(-1)
+
+
+def load_checkpoint(path: Path) -> dict:
+    """The content of a checkpoint file."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds on damaged files
+        fail(f"{path} can't be read as a checkpoint ({str(error)[:200]}): take another one, or start again")
+
+
+def mlp(net: dict[str, Tensor], x: Tensor, activation: str) -> Tensor:
+    """Output (N, B, O) of the N networks in `net` for x (B, I), as the scripts' MLP computes it."""
+    x = ((x - net["mean"]) / net["std"]).expand(len(net["weights.0"]), -1, -1)
+    last = sum(name.startswith("weights.") for name in net) - 1
+    for i in range(last):
+        x = torch.baddbmm(net[f"biases.{i}"], x, net[f"weights.{i}"])
+        if f"gains.{i}" in net:
+            x = F.layer_norm(x, x.shape[-1:]) * net[f"gains.{i}"] + net[f"shifts.{i}"]
+        x = {"relu": torch.relu, "silu": F.silu}[activation](x)
+    return torch.baddbmm(net[f"biases.{last}"], x, net[f"weights.{last}"])
+
+
 class Column:
-    """The networks of one checkpoint."""
+    """Policy, critics and score estimator of one checkpoint; states (1, O), actions (K, A)."""
 
     def __init__(self, path: Path):
         state = load_checkpoint(path)
-        agent, args = state["parts"]["agent"], SimpleNamespace(**state["args"])
+        self.agent, self.args, self.dataset_id = state["parts"]["agent"], state["args"], state["dataset_id"]
         self.title = f"{state['script']}\n{state['phase']} {state['step']:,}"
-        self.dataset_id, sizes = state["dataset_id"], (state["obs_dim"], state["act_dim"])
-        self.actor, self.critic, self.score_net = Actor(*sizes, args.hidden_sizes), Critic(*sizes, args), None
-        networks = {"actor": self.actor, "critic": self.critic}
-        if "score_net.sigma" in agent:
-            networks["score_net"] = self.score_net = ScoreNet(*sizes, args)
-            self.asked = args.advantage or 0.0  # w; 0, the average, for the published form
-        try:
-            for name, network in networks.items():
-                found = {key: x for key, x in agent.items() if key.startswith(f"{name}.")}
-                network.load_state_dict({key.removeprefix(f"{name}."): x for key, x in found.items()})
-        except RuntimeError:
+        if not self.part("critic.net") or not self.part("actor.net"):
             fail(f"{path} holds no actor and critics of the common form: take an offline.pt")
-        self.alpha = float(agent["log_alpha"].exp())
+        self.alpha, self.scores = float(self.agent["log_alpha"].exp()), "score_net.sigma" in self.agent
+
+    def part(self, name: str) -> dict[str, Tensor]:
+        """The parameters whose names begin with `name`, without it."""
+        return {key[len(name) + 1 :]: x for key, x in self.agent.items() if key.startswith(f"{name}.")}
+
+    def gaussian(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """mean (1, A) and log std (1, A) of the policy before its tanh."""
+        mean, log_std = mlp(self.part("actor.net"), state, "relu")[0].chunk(2, dim=-1)
+        return mean, LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (torch.tanh(log_std) + 1)
+
+    def q(self, state: Tensor, actions: Tensor) -> Tensor:
+        """Mean Q (K,) of the critics."""
+        x = torch.cat([state.expand(len(actions), -1), actions], dim=-1)
+        return mlp(self.part("critic.net"), x, self.args["critic_activation"]).squeeze(-1).mean(dim=0)
+
+    def score(self, state: Tensor, actions: Tensor) -> Tensor:
+        """grad_a log p_1(a|s,w) (K, A), at the w asked for (published form: 0, the average)."""
+        sigma = self.agent["score_net.sigma"][0]
+        scale, rows = (1 - sigma**2).sqrt(), len(actions)
+        w = torch.full((rows, 1), self.args["advantage"] or 0.0)
+        level = self.agent["score_net.embedding.weight"][:1].expand(rows, -1)
+        x = torch.cat([state.expand(rows, -1), scale * actions, w, level], dim=-1)
+        return -(scale / sigma) * mlp(self.part("score_net.net"), x, "silu")[0]
 
 
-def nearest_actions(data: Dataset, observation: np.ndarray, count: int = 100) -> np.ndarray:
-    """The actions (count, A) recorded in the states nearest to `observation`, measured in deviations."""
-    observations = data.columns["observations"]
-    distance = ((observations - observation) / (observations.std(axis=0) + 1e-3)) ** 2
-    return data.columns["actions"][distance.sum(axis=1).argsort()[:count]]
+# === The picture ===========================================================================================
 
 
 def kernel_density(actions: np.ndarray, x: Tensor, width: float = 0.1) -> Tensor:
@@ -103,34 +164,31 @@ def draw_arrows(axes: Axes, x: Tensor, values: Tensor, y: float, colour: str) ->
 
 
 def draw_panel(
-    axes: Axes, column: Column, scorer: Column | None, data: Dataset, index: int, dim: int
+    axes: Axes, column: Column, scorer: Column | None, state: Tensor, near: np.ndarray, dim: int
 ) -> None:
-    """Three densities and two rows of arrows along action dimension `dim`, in recorded state `index`."""
-    observation = data.columns["observations"][index]
-    state, x = torch.as_tensor(observation)[None], torch.linspace(-0.999, 0.999, 401)
-    mean, log_std = (part.detach() for part in column.actor(state))
+    """Densities and two rows of arrows along action dimension `dim` in a state (1, O).
+
+    near: recorded actions (n,) of similar states; scorer: the checkpoint whose score is drawn.
+    """
+    x, points = torch.linspace(-0.999, 0.999, 401), torch.linspace(-0.9, 0.9, 10)
+    mean, log_std = column.gaussian(state)
 
     def vary(middle: Tensor, values: Tensor) -> Tensor:
         """The vector `middle` (1, A) with these values (K,) in dimension `dim`: (K, A)."""
         return middle.repeat(len(values), 1).index_copy(1, torch.tensor([dim]), values[:, None])
 
-    axes.fill_between(
-        x, kernel_density(nearest_actions(data, observation)[:, dim], x), color=INK["data"], alpha=0.4
-    )
+    axes.fill_between(x, kernel_density(near, x), color=INK["data"], alpha=0.4)
     log_pi = squashed_gaussian_log_prob(vary(mean, torch.atanh(x)), mean, log_std)
-    q = column.critic(state, vary(torch.tanh(mean), x)).mean(dim=0).detach()
+    q = column.q(state, vary(torch.tanh(mean), x))
     for name, log_values in (("policy", log_pi), ("critic", q / column.alpha)):
         axes.plot(x, density(log_values, x), color=INK[name], lw=1.5)
 
-    points = torch.linspace(-0.9, 0.9, 10)
-    actions = vary(torch.tanh(mean), points).requires_grad_()
-    (gradient,) = torch.autograd.grad(column.critic(state, actions).mean(dim=0).sum(), actions)
+    actions = vary(torch.tanh(mean), points)
+    gradient = torch.func.grad(lambda a: column.q(state, a).sum())(actions)
     top = 1.2 * axes.get_ylim()[1]
     draw_arrows(axes, points, gradient[:, dim] / column.alpha, -0.1 * top, INK["critic"])
     if scorer:
-        w = torch.full_like(points, scorer.asked)
-        score = scorer.score_net.score(state.expand(len(points), -1), actions.detach(), w).detach()
-        draw_arrows(axes, points, score[:, dim], -0.22 * top, INK["score"])
+        draw_arrows(axes, points, scorer.score(state, actions)[:, dim], -0.22 * top, INK["score"])
     axes.set(xlim=(-1, 1), ylim=(-0.3 * top, top), yticks=[])
     axes.text(0.02, 0.96, f"highest Q {q.max():.0f}", transform=axes.transAxes, va="top", fontsize=8)
 
@@ -142,21 +200,18 @@ def draw(args: Args) -> Figure:
         fail("name at least one checkpoint, and all of the same task")
     if args.labels and len(args.labels) != len(columns):
         fail(f"{len(args.labels)} labels for {len(columns)} checkpoints: give one each")
-    data = Dataset(columns[0].dataset_id)
-    if not 0 <= args.action < data.columns["actions"].shape[1]:
-        fail(
-            f"--action {args.action}: the actions have {data.columns['actions'].shape[1]} dimensions, from 0"
-        )
-    indices = np.random.default_rng(args.seed).choice(
-        len(data.columns["rewards"]), args.states, replace=False
-    )
-    scorer = next((column for column in columns if column.score_net), None)
+    observations, actions = load_transitions(columns[0].dataset_id)
+    if not 0 <= args.action < actions.shape[1]:
+        fail(f"--action {args.action}: the actions have {actions.shape[1]} dimensions, from 0")
+    indices = np.random.default_rng(args.seed).choice(len(observations), args.states, replace=False)
+    scorer = next((column for column in columns if column.scores), None)
     size = (1.6 + 2.8 * len(columns), 1.2 + 1.7 * args.states)
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(args.states, len(columns), squeeze=False, sharex=True)
     for i, index in enumerate(indices):
+        state, near = torch.as_tensor(observations[[index]]), nearest(observations, observations[index])
         for axes, column in zip(panels[i], columns):
-            draw_panel(axes, column, scorer, data, index, args.action)
+            draw_panel(axes, column, scorer, state, actions[near, args.action], args.action)
         panels[i, 0].set_ylabel(f"state {i + 1}")
     for axes, title in zip(panels[0], args.labels or [column.title for column in columns]):
         axes.set_title(title, fontsize=10)

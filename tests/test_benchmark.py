@@ -351,6 +351,15 @@ def test_the_statistics_by_hand(benchmark, results, capsys):
         benchmark.report(benchmark.ReportArgs(results, statistics=True, against="c"))
 
 
+def test_a_curve_goes_on_where_the_offline_one_ends(benchmark, results, monkeypatch):
+    figures = []
+    monkeypatch.setattr(benchmark.Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    benchmark.draw_curves(results / "curves.png", benchmark.read_study(benchmark.ReportArgs(results)))
+    offline, online = figures[0].axes[0].lines[:2]  # b on task one: 40 at the handover, then 60 and 40
+    assert [*offline.get_xydata()[-1]] == [*online.get_xydata()[0]] == [0, 40]
+    assert [*online.get_xydata()[-1]] == [1000, 45]  # the mean of 40, and of the seeds' 50
+
+
 def test_pages_show_what_the_csvs_say(benchmark):
     """The README's table, and the tables of the comparison's page."""
     args = benchmark.ReportArgs(ROOT / "results" / "comparison")

@@ -34,9 +34,24 @@ def test_arrows_point_where_the_values_do(picture):
     assert not arrows.V.any()
 
 
-def test_the_nearest_actions_are_those_of_the_nearest_states(picture):
-    data = picture.Dataset("smac/pendulum/medium-replay-v0")
-    assert picture.nearest_actions(data, data.columns["observations"][7], 1) == data.columns["actions"][7]
+def test_the_networks_are_those_of_the_scripts(picture, smac):
+    """Policy, Q and score, to rounding, of a checkpoint with LayerNorm; and the data."""
+    state = torch.load(CHECKPOINTS[0], weights_only=True)
+    args, data = smac.Args(**state["args"]), smac.Dataset(state["dataset_id"])
+    agent = smac.Agent(3, 1, args, smac.ScoreNet(3, 1, args))
+    agent.load_state_dict(state["parts"]["agent"])
+    column, actions = picture.Column(CHECKPOINTS[0]), torch.linspace(-1, 1, 7)[:, None]
+    observations, recorded = picture.load_transitions(state["dataset_id"])
+    assert np.array_equal(observations, data.columns["observations"])
+    assert np.array_equal(recorded, data.columns["actions"])
+    s = torch.as_tensor(observations[[5]])
+    with torch.no_grad():
+        for ours, theirs in zip(column.gaussian(s), agent.actor(s)):
+            torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(column.q(s, actions), agent.critic(s, actions).mean(dim=0))
+        score = agent.score_net.score(s.expand(7, -1), actions, torch.full((7,), args.advantage))
+        torch.testing.assert_close(column.score(s, actions), score)
+    assert picture.nearest(observations, observations[7])[0] == 7
 
 
 def test_the_picture(picture, tmp_path):
