@@ -8,6 +8,7 @@ import csv
 import importlib.util
 import io
 import os
+import shlex
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -48,7 +49,7 @@ class Result(NamedTuple):
 @contextlib.contextmanager
 def command_line(script: ModuleType, words: str):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [script.__file__, *words.split()])
+        patch.setattr(sys, "argv", [script.__file__, *shlex.split(words)])
         yield
 
 

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import tyro
-from conftest import ROOT, load
+from conftest import ROOT, inside, load
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 PAGES = sorted(path for pattern in ("README.md", "CONTRIBUTING.md", "docs/*.md", "results/README.md",
@@ -116,3 +116,20 @@ def test_the_lesson_quotes_the_script():
     quotes = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "lesson.md").read_text(), re.DOTALL)
     script = (ROOT / "smac_offline_online.py").read_text()
     assert len(quotes) > 5 and not [quote for quote in quotes if quote not in script]
+
+
+def test_the_lesson_runs(modules, tmp_path):
+    """Its commands one after the other, with fewer steps and episodes."""
+    less = {
+        "evaluate.py": "--episodes 1",
+        "picture_critic.py": "--states 1",
+        "smac_offline_online.py": "--score-steps 20 --offline-steps 20 --eval-every 20 --eval-episodes 1",
+        "sac_finetune.py": "--online-steps 20 --handover-eval-every 20 --eval-every 20 --eval-episodes 1",
+    }
+    text = (ROOT / "docs" / "lesson.md").read_text()
+    given = re.findall(r"^    python (\S+) (.*)", text, re.MULTILINE)
+    assert {name for name, _ in given} == {*less}
+    for name, words in given:
+        newest = max(tmp_path.glob("runs/*/*.pt"), key=lambda path: path.stat().st_mtime, default=tmp_path)
+        words = words.replace("results/", f"{ROOT}/results/").replace("runs/NAME", str(newest.parent))
+        assert inside(modules[name], f"{words} {less[name]}", tmp_path).code in (0, None), (name, words)
