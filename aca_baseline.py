@@ -654,7 +654,10 @@ def take_policy(run: Run, agent: Agent) -> None:
     origin = load_checkpoint(Path(run.args.checkpoint))
     taken = ("actor.", "log_alpha", "baseline.")  # no critic: the alignment throws them away
     saved = {name: x for name, x in origin["parts"]["agent"].items() if name.startswith(taken)}
-    agent.load_state_dict(saved, strict=False)
+    try:
+        agent.load_state_dict(saved, strict=False)
+    except RuntimeError as error:  # another shape
+        fail(f"{run.args.checkpoint} doesn't fit: take one of this task ({str(error)[:200]})")
     run.rows = origin["rows"] if origin["phase"] == "offline" else []  # they come first in metrics.csv
 
 
@@ -697,8 +700,7 @@ def train_online(run: Run, agent: Agent) -> None:
     best = np.argsort(-data.returns, kind="stable")[: args.top_episodes]
     rows = np.isin(np.searchsorted(data.ends, np.arange(data.ends[-1]), side="right"), best)
     given = int(rows.sum())  # transitions that the online buffer starts with
-    sizes = (0, given + args.online_steps)
-    offline, online = (ReplayBuffer(data.columns, run.device, size) for size in sizes)
+    offline, online = (ReplayBuffer(data.columns, run.device, n) for n in (0, given + args.online_steps))
     online.add(**{name: column[rows] for name, column in data.columns.items()})
     parts = dict(agent=agent, online=online, **optimizers)
     start = run.restore("online", args.online_steps, **parts)

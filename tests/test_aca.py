@@ -318,3 +318,6 @@ def test_checkpoints_that_are_taken_and_refused(aca, start, tmp_path):
     words = "--batch-size 8 --eval-episodes 2 --online-steps 40 "
     assert inside(sac, words + offline, tmp_path / "taken").code == 0
     assert "critic.net" in inside(sac, words + final, tmp_path / "refused").code
+    hopper = ROOT / "results" / "checkpoints" / "hopper-medium_smac_offline.pt"
+    refused = inside(aca, f"--checkpoint {hopper} --env-id pendulum-medium-replay", tmp_path / "misfit")
+    assert "doesn't fit" in refused.code
