@@ -108,6 +108,15 @@ def test_a_script_keeps_to_its_lines(name):
     assert len((ROOT / name).read_text().splitlines()) <= LINES[name]
 
 
+def test_the_readme_has_short_paragraphs_and_narrow_tables():
+    """Four lines of 120 columns; 100 columns, links as they are shown."""
+    text = re.sub(r"```.*?```", "", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text)
+    for block in re.split(r"\n\n|\n(?=- )", text):
+        rows = block.splitlines() if block.startswith("|") else [" ".join(block.split())]
+        assert max(map(len, rows), default=0) <= (100 if block.startswith("|") else 4 * 120), block
+
+
 def test_the_tests_keep_to_their_lines():
     assert sum(len(path.read_text().splitlines()) for path in ROOT.glob("tests/*.py")) <= 4_500
 
