@@ -382,7 +382,6 @@ def valley(x: np.ndarray, scores: np.ndarray) -> tuple[float, float, int]:
 def save(args: Common, name: str, figure: Figure, rows: list[dict], policies: list[Policy]) -> None:
     """NAME.png and NAME.csv; a row leaves empty what it doesn't have."""
     figure.suptitle(", ".join(dict.fromkeys(policy.state["args"]["env_id"] for policy in policies)))
-    figure.legend(loc="outside lower center", fontsize=9)
     figure.savefig(args.out / f"{name}.png", dpi=120)
     with open(args.out / f"{name}.csv", "w", newline="") as file:
         names = dict.fromkeys(key for row in rows for key in row)
@@ -390,6 +389,9 @@ def save(args: Common, name: str, figure: Figure, rows: list[dict], policies: li
         writer.writeheader()
         writer.writerows(rows)
     print(f"picture: {args.out / name}.png\nnumbers: {args.out / name}.csv")
+
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 
 
 def measured(returns: np.ndarray, scores: np.ndarray) -> dict:
@@ -415,17 +417,19 @@ def draw_line(args: Line) -> None:
         moved += [a.at((1 - t) * a.theta() + t * b.theta()) for t in x]
     returns, scores = (a.reshape(len(pairs), len(x), -1) for a in evaluate_all(moved, args))  # (pairs, K, E)
     labels = args.labels or [b.state["script"] for _, b in pairs]
-    figure, rows = Figure((8, 5), layout="constrained"), []
+    figure, rows, ends = Figure((9, 5), layout="constrained"), [], []
     axes = figure.subplots()
     print("valley depth in normalised score, ± over episodes; of several pairs over the pairs")
     for number, label in enumerate(dict.fromkeys(labels)):
-        of, depths, color = [k for k, name in enumerate(labels) if name == label], [], f"C{number % 10}"
+        of, depths, color = [k for k, name in enumerate(labels) if name == label], [], COLOURS[number % 7]
         for (a, b), s, r in ((pairs[k], scores[k], returns[k]) for k in of):
             depth, error, low = valley(x, s)
             first, last, least = s[x == 0].mean(), s[x == 1].mean(), s[low].mean()
             print(f"{label}, seed {b.origin()['seed']}: ends {first:.1f} and {last:.1f}, lowest {least:.1f} "
                   f"at x = {x[low]:.2f}, valley depth {amount(depth, error)}")  # fmt: skip
             depths.append(depth)
+            if depth > 2 * error:
+                axes.plot(x[low], least, "v", ms=10, color=color)  # a valley, and no luck of the episodes
             pair = dict(label=label, aligned=args.align, depth=depth, depth_error=error)
             pair["unit"] = "normalised score"
             pair |= {f"offline_{key}": value for key, value in a.origin().items()}
@@ -438,11 +442,17 @@ def draw_line(args: Line) -> None:
             axes.plot(x, curves.T, color=color, lw=0.8, alpha=0.5)
             print(f"{label}, {len(of)} pairs: valley depth {amount(np.mean(depths), error)}")
         seeds = ", ".join(str(pairs[k][1].origin()["seed"]) for k in of)
-        name = f"{label} (seed {seeds}): valley {amount(np.mean(depths), error)}"
-        axes.plot(x, mean, ".-", color=color, lw=2, label=name)
+        ends.append((mean[-1], f"{label} (seed {seeds})\nvalley {amount(np.mean(depths), error)}", color))
+        axes.plot(x, mean, color=color, lw=2)
         axes.fill_between(x, mean - band, mean + band, color=color, alpha=0.2, lw=0)
+    place = -math.inf
+    for end, name, color in sorted(ends):  # labels at the lines' ends, pushed up where they would overlap
+        place = max(end, place + 9)
+        style = dict(textcoords="offset points", color=color, va="center", fontsize=9)
+        axes.annotate(name, (x[-1], place), (12, 0), **style)
     for end in (0, 1):
         axes.axvline(end, color="black", ls="--", lw=1)
+    axes.margins(x=0)
     axes.set_xlabel("x, on the straight line from the first checkpoint (0) to the second (1)")
     axes.set_ylabel(args.label())
     save(args, "line", figure, rows, policies)
@@ -483,6 +493,7 @@ def draw_plane(args: Plane) -> None:
         print(f"{letter}: {name}")
     ax.set_ylabel("v, along C - A, orthogonal to u" if c else f"v, a random direction (seed {args.seed})")
     ax.set(xlabel="u, along B - A (distance in parameter space)")
+    figure.legend(loc="outside lower center", fontsize=9)
     save(args, "plane", figure, rows, policies)
 
 
@@ -505,6 +516,7 @@ def draw_way(args: Way) -> None:
     ax.set(xlabel=names[0], ylabel=names[1])
     rows = [policy.origin() | {"pc_1": place[0], "pc_2": place[1]} | measured(r, s)
             for policy, place, r, s in zip(policies, at, returns, scores)]  # fmt: skip
+    figure.legend(loc="outside lower center", fontsize=9)
     save(args, "path", figure, rows, policies)
 
 
