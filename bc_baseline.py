@@ -44,7 +44,7 @@ class Args:
     compile: bool = False  # torch.compile the update steps; pays on a GPU
     download: bool = False  # allow the network: fetch a dataset that is not on this machine
     resume: str | None = None  # run directory to go on with, from its last.pt and with its own settings
-    checkpoint_every: float = 5.0  # minutes between two writings of last.pt (online: when an episode ends)
+    checkpoint_every: float = 5.0  # minutes between writes of last.pt (online: at the next episode's end)
     # networks; the critics stay as they are drawn, for the fine-tuner that takes the checkpoint
     hidden_sizes: tuple[int, ...] = (256, 256)  # widths of the hidden layers of actor and critics
     num_critics: int = 4  # critics in the ensemble; the actor follows the minimum of 2, the mean of more
@@ -112,7 +112,7 @@ class Dataset:
             "terminations": [e.terminations for e in episodes],  # 0 at a truncation
         }
         self.columns = {name: np.concatenate(part).astype(np.float32) for name, part in parts.items()}
-        self.ends = np.cumsum([len(e.actions) for e in episodes])  # (E,) index behind each episode's last row
+        self.ends = np.cumsum([len(e.actions) for e in episodes])  # (E,) one past each episode's last row
         self.metadata = self.minari.storage.metadata
         rewards = np.split(self.columns["rewards"].astype(np.float64), self.ends[:-1])
         total = (lambda r: r[-1]) if self.metadata.get("return") == "last reward" else np.sum
@@ -180,7 +180,7 @@ class MLP(nn.Module):
     """N independent multilayer perceptrons, evaluated together by one batched product a layer.
 
     Input (B, I), the same for all, or (N, B, I); output (N, B, O); weights (N, fan_in, fan_out). `mean` and
-    `std` normalise observations by the dataset's (0 and 1: other inputs), so a saved policy can't lose them.
+    `std` normalise observations by the dataset's (other inputs by 0 and 1): a saved policy can't lose them.
     """
 
     def __init__(self, n: int, sizes: list[int], activation: str = "relu", layer_norm: bool = False):
@@ -371,9 +371,10 @@ class Run:
         """Writes last.pt if it is time."""
         if time.monotonic() - self.saved_at > 60 * self.args.checkpoint_every:
             self.save("last.pt", phase, step, **parts)
+            self.saved_at = time.monotonic()
 
     def save(self, name: str, phase: str, step: int, **parts) -> None:
-        """Writes a checkpoint beside its place, then renames it: a kill leaves the old or the new one."""
+        """Writes a temporary file, then renames it: a kill leaves the old checkpoint or the new one."""
         state = dict(script=Path(__file__).stem, args=asdict(self.args), dataset_id=self.dataset_id,
                      obs_dim=self.obs_dim, act_dim=self.act_dim, phase=phase, step=step, rows=self.rows,
                      parts={key: part.state_dict() for key, part in parts.items()},
@@ -384,7 +385,6 @@ class Run:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, self.directory / name)
-        self.saved_at = time.monotonic()
 
     def report(self) -> None:
         """learning_curve.png, with the handover at 0, and a closing table."""

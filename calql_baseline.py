@@ -58,7 +58,7 @@ class Args:
     compile: bool = False  # torch.compile the update steps; pays on a GPU
     download: bool = False  # allow the network: fetch a dataset that is not on this machine
     resume: str | None = None  # run directory to go on with, from its last.pt and with its own settings
-    checkpoint_every: float = 5.0  # minutes between two writings of last.pt (online: when an episode ends)
+    checkpoint_every: float = 5.0  # minutes between writes of last.pt (online: at the next episode's end)
     # networks
     hidden_sizes: tuple[int, ...] = (256, 256)  # widths of the hidden layers of actor and critics
     num_critics: int = 2  # critics in the ensemble; the actor follows the minimum of 2, the mean of more
@@ -68,7 +68,7 @@ class Args:
     # optimiser
     offline_optimizer: Literal["muon", "adam"] = "adam"  # of the hidden weights; Adam in all public codes
     online_optimizer: Literal["muon", "adam"] = "adam"  # the same online; its state starts fresh
-    muon_lr: float = 1e-3  # Muon's, times 0.2 sqrt(max(rows, cols)), which matches Adam's step size
+    muon_lr: float = 1e-3  # Muon's learning rate, times 0.2 sqrt(max(rows, cols)) to match Adam's step
     actor_lr: float = 1e-4  # Adam's for the actor and the temperature; official, WSRL
     critic_lr: float = 3e-4  # Adam's for the critics and alpha'; official, CORL, WSRL
     batch_size: int = 256  # transitions of a gradient update
@@ -157,7 +157,7 @@ class Dataset:
             "terminations": [e.terminations for e in episodes],  # 0 at a truncation
         }
         self.columns = {name: np.concatenate(part).astype(np.float32) for name, part in parts.items()}
-        self.ends = np.cumsum([len(e.actions) for e in episodes])  # (E,) index behind each episode's last row
+        self.ends = np.cumsum([len(e.actions) for e in episodes])  # (E,) one past each episode's last row
         self.metadata = self.minari.storage.metadata
         rewards = np.split(self.columns["rewards"].astype(np.float64), self.ends[:-1])
         total = (lambda r: r[-1]) if self.metadata.get("return") == "last reward" else np.sum
@@ -180,7 +180,7 @@ def returns_to_go(rewards: np.ndarray, terminations: np.ndarray, ends: np.ndarra
     """G_t = r_t + gamma G_(t+1) within each episode, (T,); rewards (T,) as the TD target sees them.
 
     After a termination comes 0, after a truncation mean(last 20 rewards) / (1 - gamma): a zero there would
-    make the last steps of every episode that time cut off look the best ones (or the worst).
+    make the last steps of every episode that ran out of time look like the best ones (or the worst).
     """
     result = np.zeros(len(rewards))
     for start, end in zip(np.r_[0, ends[:-1]], ends):
@@ -238,7 +238,7 @@ class MLP(nn.Module):
     """N independent multilayer perceptrons, evaluated together by one batched product a layer.
 
     Input (B, I), the same for all, or (N, B, I); output (N, B, O); weights (N, fan_in, fan_out). `mean` and
-    `std` normalise observations by the dataset's (0 and 1: other inputs), so a saved policy can't lose them.
+    `std` normalise observations by the dataset's (other inputs by 0 and 1): a saved policy can't lose them.
     """
 
     def __init__(self, n: int, sizes: list[int], activation: str = "relu", layer_norm: bool = False):
@@ -600,9 +600,10 @@ class Run:
         """Writes last.pt if it is time."""
         if time.monotonic() - self.saved_at > 60 * self.args.checkpoint_every:
             self.save("last.pt", phase, step, **parts)
+            self.saved_at = time.monotonic()
 
     def save(self, name: str, phase: str, step: int, **parts) -> None:
-        """Writes a checkpoint beside its place, then renames it: a kill leaves the old or the new one."""
+        """Writes a temporary file, then renames it: a kill leaves the old checkpoint or the new one."""
         state = dict(script=Path(__file__).stem, args=asdict(self.args), dataset_id=self.dataset_id,
                      obs_dim=self.obs_dim, act_dim=self.act_dim, phase=phase, step=step, rows=self.rows,
                      parts={key: part.state_dict() for key, part in parts.items()},
@@ -613,7 +614,6 @@ class Run:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, self.directory / name)
-        self.saved_at = time.monotonic()
 
     def report(self) -> None:
         """learning_curve.png, with the handover at 0, and a closing table."""
@@ -677,7 +677,7 @@ def train_offline(run: Run) -> Agent:
         if step % args.eval_every == 0 or step == args.offline_steps:
             run.evaluate("offline", step, step, agent, metrics)
         run.autosave("offline", step, agent=agent, **optimizers)
-    if not (run.directory / "offline.pt").exists():
+    if run.state.get("phase") != "online":  # else nothing was loaded yet
         run.save("offline.pt", "offline", args.offline_steps, agent=agent)
     return agent
 
@@ -725,7 +725,7 @@ def train_online(run: Run, agent: Agent) -> None:
             run.evaluate("online", step, updates, agent, metrics)
         if terminated or truncated:
             online.episodes, begin = online.episodes + 1, step
-            run.autosave("online", step, **parts)  # here, so that no environment's inside must be saved
+            run.autosave("online", step, **parts)  # between episodes: no environment has to be saved
             observation, _ = env.reset(seed=stream_seed(args.seed, "online", int(online.episodes)))
     run.save("final.pt", "online", args.online_steps, agent=agent)
 

@@ -8,7 +8,7 @@ stands p(a|s,w), the dataset's actions given an outcome w, whose score a diffusi
     L(theta)  = E[(Q(s,a) - y)^2] + kappa E|| grad_a Q(s,a) - alpha score(s,a,w) ||^2
     L_pi(phi) = E[alpha log pi(a|s) - Q(s,a)],    a ~ pi(.|s)
 
-w is the advantage G - V(s), and a high one is asked for. Muon steps the hidden-to-hidden weights, Adam the
+w is the advantage G - V(s); the critic is given a high one. Muon steps the hidden-to-hidden weights, Adam the
 rest. Online it is plain SAC on the same networks. The published form: docs/smac_offline_online.md.
 
     python smac_offline_online.py --env-id hopper-medium-replay      # the main job, data included
@@ -16,7 +16,8 @@ rest. Online it is plain SAC on the same networks. The published form: docs/smac
     python smac_offline_online.py --env-id mujoco/hopper/medium-v0 --download    # any flat Minari dataset
     python smac_offline_online.py --resume runs/NAME                 # go on with a run that was stopped
 
-Writes runs/NAME/: metrics.csv, offline.pt, last.pt, final.pt, learning_curve.png and TensorBoard events.
+Writes runs/NAME/: config.json, a copy of this script, metrics.csv, offline.pt, last.pt (every 5 minutes),
+final.pt, learning_curve.png and TensorBoard events.
 """
 
 import difflib
@@ -52,7 +53,7 @@ class Args:
     compile: bool = False  # torch.compile the update steps; pays on a GPU
     download: bool = False  # allow the network: fetch a dataset that is not on this machine
     resume: str | None = None  # run directory to go on with, from its last.pt and with its own settings
-    checkpoint_every: float = 5.0  # minutes between two writings of last.pt (online: when an episode ends)
+    checkpoint_every: float = 5.0  # minutes between writes of last.pt (online: at the next episode's end)
     # networks
     hidden_sizes: tuple[int, ...] = (256, 256)  # widths of the hidden layers of actor and critics
     num_critics: int = 4  # critics in the ensemble; the actor follows the minimum of 2, the mean of more
@@ -60,30 +61,30 @@ class Args:
     critic_activation: Literal["relu", "silu"] = "silu"  # ReLU makes grad_a Q piecewise constant
     critic_layer_norm: bool = True  # LayerNorm before the activation of the critics' hidden layers
     # optimiser
-    offline_optimizer: Literal["muon", "adam"] = "muon"  # of the hidden weights; the rest takes Adam
+    offline_optimizer: Literal["muon", "adam"] = "muon"  # for hidden-to-hidden weights; Adam does the rest
     online_optimizer: Literal["muon", "adam"] = "muon"  # the same online; its state starts fresh
-    muon_lr: float = 1e-3  # Muon's, times 0.2 sqrt(max(rows, cols)), which matches Adam's step size
-    actor_lr: float = 3e-4  # Adam's for the actor and the temperature
-    critic_lr: float = 3e-4  # Adam's for the critics and alpha_psi
+    muon_lr: float = 1e-3  # Muon's learning rate, times 0.2 sqrt(max(rows, cols)) to match Adam's step
+    actor_lr: float = 3e-4  # Adam's learning rate for the actor and the temperature
+    critic_lr: float = 3e-4  # Adam's learning rate for the critics and alpha_psi
     batch_size: int = 256  # transitions of a gradient update
     gamma: float = 0.99  # discount
-    tau: float = 0.05  # step of the target critics towards the critics; small: Q is late at the handover
+    tau: float = 0.05  # step of the target critics towards the critics; if small, Q lags behind there
     target_entropy: float = -1.0  # entropy that the automatic temperature holds, per action dimension
     # SMAC
     score_steps: int = 40_000  # gradient updates of the score estimator
-    score_lr: float = 3e-3  # Adam's for the score estimator, falling to 0 along a cosine
+    score_lr: float = 3e-3  # Adam's learning rate for the estimator, falling to 0 along a cosine
     score_hidden_sizes: tuple[int, ...] = (256, 256)  # widths of the score estimator's hidden layers
     score_sigma: float = 0.1  # sigma_1, the noise of level 1 of 5, in units of actions that fill [-1, 1]
-    advantage: float | None = 2.0  # w asked for, in standard deviations; None: w = G, the row's own
+    advantage: float | None = 2.0  # w given to the critic, in standard deviations; None: each row's own G
     offline_steps: int = 250_000  # gradient updates of the offline phase
     offline_alpha: float = 0.2  # temperature, held through the offline phase; 0: automatic there too
     kappa: float = 1.0  # weight of the score-matching term; 0 leaves it out (plain offline SAC)
-    policy_share: float = 0.5  # share of a batch where it holds at the policy's, not the recorded action
-    alpha_psi: Literal["learned", "temperature"] = "temperature"  # scale: network trained by L_SM, or alpha
+    policy_share: float = 0.5  # share of each batch matched at the policy's action, not the recorded one
+    alpha_psi: Literal["learned", "temperature"] = "temperature"  # factor on the score: a network, or alpha
     score_control: Literal["none", "zero", "shuffled"] = "none"  # control: 0, or another row's score
     # online phase
     online_steps: int = 250_000  # environment steps of the online phase
-    online_rate: float = 0.3  # learning rates online, a share of those offline; 1 is as smooth
+    online_rate: float = 0.3  # learning rates online, as a multiple of those offline
     offline_fraction: float = 0.5  # share of offline data in online batches
     utd_ratio: int = 1  # critic updates, each on a fresh batch, per environment step and actor update
     eval_every: int = 5_000  # updates (offline) or environment steps (online) between evaluations
@@ -148,7 +149,7 @@ class Dataset:
             "terminations": [e.terminations for e in episodes],  # 0 at a truncation
         }
         self.columns = {name: np.concatenate(part).astype(np.float32) for name, part in parts.items()}
-        self.ends = np.cumsum([len(e.actions) for e in episodes])  # (E,) index behind each episode's last row
+        self.ends = np.cumsum([len(e.actions) for e in episodes])  # (E,) one past each episode's last row
         self.metadata = self.minari.storage.metadata
         rewards = np.split(self.columns["rewards"].astype(np.float64), self.ends[:-1])
         total = (lambda r: r[-1]) if self.metadata.get("return") == "last reward" else np.sum
@@ -171,7 +172,7 @@ def returns_to_go(rewards: np.ndarray, terminations: np.ndarray, ends: np.ndarra
     """G_t = r_t + gamma G_(t+1) within each episode, (T,); rewards (T,) as the TD target sees them.
 
     After a termination comes 0, after a truncation mean(last 20 rewards) / (1 - gamma): a zero there would
-    make the last steps of every episode that time cut off look the best ones (or the worst).
+    make the last steps of every episode that ran out of time look like the best ones (or the worst).
     """
     result = np.zeros(len(rewards))
     for start, end in zip(np.r_[0, ends[:-1]], ends):
@@ -229,7 +230,7 @@ class MLP(nn.Module):
     """N independent multilayer perceptrons, evaluated together by one batched product a layer.
 
     Input (B, I), the same for all, or (N, B, I); output (N, B, O); weights (N, fan_in, fan_out). `mean` and
-    `std` normalise observations by the dataset's (0 and 1: other inputs), so a saved policy can't lose them.
+    `std` normalise observations by the dataset's (other inputs by 0 and 1): a saved policy can't lose them.
     """
 
     def __init__(self, n: int, sizes: list[int], activation: str = "relu", layer_norm: bool = False):
@@ -323,11 +324,10 @@ class ScoreNet(nn.Module):
 
     def score(self, observations: Tensor, actions: Tensor, outcomes: Tensor) -> Tensor:
         """grad_a log p_1(a|s,w) (B, A) at the point a, p_1 the data's density smoothed at sigma_1."""
-        level_1 = torch.zeros(len(actions), dtype=torch.long, device=actions.device)
-        sigma = self.sigma[level_1, None]
-        scale = (1 - sigma**2).sqrt()
+        sigma, level_1 = self.sigma[0], torch.zeros_like(outcomes, dtype=torch.long)
+        sqrt_abar = (1 - sigma**2).sqrt()
         # eps predicts the NOISE, which points away from the data: hence the minus sign
-        return -(scale / sigma) * self(observations, scale * actions, outcomes, level_1)
+        return -(sqrt_abar / sigma) * self(observations, sqrt_abar * actions, outcomes, level_1)
 
 
 class Agent(nn.Module):
@@ -449,11 +449,11 @@ def critic_gradients(agent: Agent, batch: dict[str, Tensor], args: Args) -> dict
 def smac_critic_gradients(agent: Agent, batch: dict[str, Tensor], args: Args) -> dict[str, Tensor]:
     """Puts the gradient of L_AC + kappa L_SM into `.grad` of the critics and of alpha_psi."""
     observations, actions = batch["observations"], batch["actions"]
-    own = round(args.policy_share * len(actions))  # rows whose point is the policy's action
+    sampled = round(args.policy_share * len(actions))  # rows whose point is the policy's action
     with torch.no_grad():
-        points = torch.cat([agent.actor.sample(observations[:own])[0], actions[own:]])
+        points = torch.cat([agent.actor.sample(observations[:sampled])[0], actions[sampled:]])
         score = agent.score_net.score(observations, points, batch["outcomes"])
-    copies = points.expand(args.num_critics, -1, -1)  # one for each critic, whose gradient it gets
+    copies = points.expand(args.num_critics, -1, -1)  # one per critic, to receive its gradient
     q, pullback = torch.func.vjp(lambda a: agent.critic(observations, a), copies)  # Q_i(s, a), (N, B)
     grad_q = pullback(torch.ones_like(q))[0].mean(dim=0)  # of the critics' mean, (B, A)
     q = agent.critic(observations, actions)
@@ -462,8 +462,7 @@ def smac_critic_gradients(agent: Agent, batch: dict[str, Tensor], args: Args) ->
     alpha_psi = agent.log_alpha.exp().detach() if args.alpha_psi == "temperature" else alpha_psi
     loss_td = td_loss(q, bellman_target(agent, batch, args))
     loss_sm = score_matching_loss(grad_q, score, alpha_psi)
-    parameters = [*agent.critic.parameters(), *agent.score_scale.parameters()]
-    (loss_td + args.kappa * loss_sm).backward(inputs=parameters)
+    (loss_td + args.kappa * loss_sm).backward()  # reaches the critics and alpha_psi, nothing else
     metrics = dict(critic_loss=loss_td, score_matching_loss=loss_sm, q=q, alpha_psi=alpha_psi,
                    grad_q=grad_q.norm(dim=-1), cosine=F.cosine_similarity(grad_q, score, dim=-1))  # fmt: skip
     return {name: value.detach().mean() for name, value in metrics.items()}
@@ -586,9 +585,10 @@ class Run:
         """Writes last.pt if it is time."""
         if time.monotonic() - self.saved_at > 60 * self.args.checkpoint_every:
             self.save("last.pt", phase, step, **parts)
+            self.saved_at = time.monotonic()
 
     def save(self, name: str, phase: str, step: int, **parts) -> None:
-        """Writes a checkpoint beside its place, then renames it: a kill leaves the old or the new one."""
+        """Writes a temporary file, then renames it: a kill leaves the old checkpoint or the new one."""
         state = dict(script=Path(__file__).stem, args=asdict(self.args), dataset_id=self.dataset_id,
                      obs_dim=self.obs_dim, act_dim=self.act_dim, phase=phase, step=step, rows=self.rows,
                      parts={key: part.state_dict() for key, part in parts.items()},
@@ -599,7 +599,6 @@ class Run:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, self.directory / name)
-        self.saved_at = time.monotonic()
 
     def report(self) -> None:
         """learning_curve.png, with the handover at 0, and a closing table."""
@@ -665,7 +664,7 @@ def fit_score_estimator(run: Run, columns: dict[str, np.ndarray]) -> ScoreNet:
         run.autosave("score", step, score_net=score_net, adam=adam)
     if held_out.any() and start < args.score_steps:
         loss = denoising_loss(score_net, test.split(test.rows), torch.zeros_like(test.rows[:, 0]).long())
-        print(f"score    held-out loss at level 1 {loss:.3f} (knowing nothing: {run.act_dim})")
+        print(f"estimator: held-out loss at level 1 {loss:.3f} (knowing nothing: {run.act_dim})")
     return score_net.requires_grad_(False)
 
 
@@ -693,7 +692,7 @@ def train_offline(run: Run, columns: dict[str, np.ndarray], score_net: ScoreNet 
         if step % args.eval_every == 0 or step == args.offline_steps:
             run.evaluate("offline", step, step, agent, metrics)
         run.autosave("offline", step, agent=agent, **optimizers)
-    if not (run.directory / "offline.pt").exists():
+    if run.state.get("phase") != "online":  # else nothing was loaded yet
         run.save("offline.pt", "offline", args.offline_steps, agent=agent)
     return agent
 
@@ -707,7 +706,7 @@ def train_online(run: Run, agent: Agent) -> None:
     offline, online = (ReplayBuffer(data.columns, run.device, size) for size in (0, args.online_steps))
     parts = dict(agent=agent, online=online, **optimizers)
     start = run.restore("online", args.online_steps, **parts)
-    online_rows = round(args.batch_size * (1 - args.offline_fraction))  # a batch's; updates wait for them
+    online_rows = round(args.batch_size * (1 - args.offline_fraction))  # per batch; updates start after them
     window = max(2_000, 0.2 * args.utd_ratio * (args.online_steps - online_rows))
     step_networks, metrics = torch.compile(update) if args.compile else update, {}
     if start == 0:
@@ -732,7 +731,7 @@ def train_online(run: Run, agent: Agent) -> None:
             run.evaluate("online", step, updates, agent, metrics)
         if terminated or truncated:
             online.episodes += 1
-            run.autosave("online", step, **parts)  # here no environment has to be saved
+            run.autosave("online", step, **parts)  # between episodes: no environment has to be saved
             observation, _ = env.reset(seed=stream_seed(args.seed, "online", int(online.episodes)))
     run.save("final.pt", "online", args.online_steps, agent=agent)
 

@@ -56,7 +56,7 @@ class Args:
     download: bool = False  # allow the network: fetch a dataset that is not on this machine
     checkpoint: str | None = None  # offline.pt or final.pt to start from; none: from scratch
     resume: str | None = None  # run directory to go on with, from its last.pt and with its own settings
-    checkpoint_every: float = 5.0  # minutes between two writings of last.pt (online: when an episode ends)
+    checkpoint_every: float = 5.0  # minutes between writes of last.pt (online: at the next episode's end)
     # networks
     hidden_sizes: tuple[int, ...] = (256, 256)  # widths of the hidden layers of actor and critics
     num_critics: int = 4  # critics in the ensemble; the actor follows the minimum of 2, the mean of more
@@ -64,8 +64,8 @@ class Args:
     critic_activation: Literal["relu", "silu"] = "silu"  # ReLU makes grad_a Q piecewise constant
     critic_layer_norm: bool = True  # LayerNorm before the activation of the critics' hidden layers
     # optimiser
-    online_optimizer: Literal["muon", "adam"] = "muon"  # of the hidden weights; the rest takes Adam
-    muon_lr: float = 1e-3  # Muon's, times 0.2 sqrt(max(rows, cols)), which matches Adam's step size
+    online_optimizer: Literal["muon", "adam"] = "muon"  # for hidden-to-hidden weights; Adam does the rest
+    muon_lr: float = 1e-3  # Muon's learning rate, times 0.2 sqrt(max(rows, cols)) to match Adam's step
     actor_lr: float = 3e-4  # Adam's for the actor
     critic_lr: float = 3e-4  # Adam's for the critics
     batch_size: int = 256  # transitions of a gradient update
@@ -79,7 +79,7 @@ class Args:
     bc_alpha: float = 0.0  # TD3+BC's weight of Q against imitation, 2.5 in the paper; 0 is TD3
     # online phase
     online_steps: int = 250_000  # environment steps of the online phase
-    online_rate: float = 0.3  # share of the learning rates that is used; 1 is as smooth (results/handover)
+    online_rate: float = 0.3  # multiplies all learning rates; from scratch take 1
     offline_fraction: float = 0.5  # share of offline data in online batches
     utd_ratio: int = 1  # critic updates, each on a fresh batch, per environment step and actor update
     warmup_steps: int = 0  # environment steps before the first online update, acted by the policy
@@ -151,7 +151,7 @@ class Dataset:
             "terminations": [e.terminations for e in episodes],  # 0 at a truncation
         }
         self.columns = {name: np.concatenate(part).astype(np.float32) for name, part in parts.items()}
-        self.ends = np.cumsum([len(e.actions) for e in episodes])  # (E,) index behind each episode's last row
+        self.ends = np.cumsum([len(e.actions) for e in episodes])  # (E,) one past each episode's last row
         self.metadata = self.minari.storage.metadata
         rewards = np.split(self.columns["rewards"].astype(np.float64), self.ends[:-1])
         total = (lambda r: r[-1]) if self.metadata.get("return") == "last reward" else np.sum
@@ -218,7 +218,7 @@ class MLP(nn.Module):
     """N independent multilayer perceptrons, evaluated together by one batched product a layer.
 
     Input (B, I), the same for all, or (N, B, I); output (N, B, O); weights (N, fan_in, fan_out). `mean` and
-    `std` normalise observations by the dataset's (0 and 1: other inputs), so a saved policy can't lose them.
+    `std` normalise observations by the dataset's (other inputs by 0 and 1): a saved policy can't lose them.
     """
 
     def __init__(self, n: int, sizes: list[int], activation: str = "relu", layer_norm: bool = False):
@@ -514,9 +514,10 @@ class Run:
         """Writes last.pt if it is time."""
         if time.monotonic() - self.saved_at > 60 * self.args.checkpoint_every:
             self.save("last.pt", phase, step, **parts)
+            self.saved_at = time.monotonic()
 
     def save(self, name: str, phase: str, step: int, **parts) -> None:
-        """Writes a checkpoint beside its place, then renames it: a kill leaves the old or the new one."""
+        """Writes a temporary file, then renames it: a kill leaves the old checkpoint or the new one."""
         state = dict(script=Path(__file__).stem, args=asdict(self.args), dataset_id=self.dataset_id,
                      obs_dim=self.obs_dim, act_dim=self.act_dim, phase=phase, step=step, rows=self.rows,
                      parts={key: part.state_dict() for key, part in parts.items()},
@@ -527,7 +528,6 @@ class Run:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, self.directory / name)
-        self.saved_at = time.monotonic()
 
     def report(self) -> None:
         """learning_curve.png, with the handover at 0, and a closing table."""
@@ -614,7 +614,7 @@ def train_online(run: Run, agent: Agent) -> None:
             run.evaluate("online", step, updates, agent, metrics)
         if terminated or truncated:
             online.episodes += 1
-            run.autosave("online", step, **parts)  # here no environment has to be saved
+            run.autosave("online", step, **parts)  # between episodes: no environment has to be saved
             observation, _ = env.reset(seed=stream_seed(args.seed, "online", int(online.episodes)))
     run.save("final.pt", "online", args.online_steps, agent=agent)
 

@@ -8,6 +8,7 @@ phase, or while a checkpoint is written. Processes are forked from a server that
 
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -152,6 +153,26 @@ def moment(name: str, phase: str, random: np.random.Generator) -> tuple:
 ])  # fmt: skip
 def test_a_killed_run_ends_as_if_never_stopped(name, kill, never_stopped, tmp_path):
     kill_and_resume(name, kill, tmp_path, never_stopped)
+
+
+@pytest.mark.parametrize("name", ["smac", "calql", "aca"])
+def test_a_lost_offline_pt_is_not_made_of_untrained_networks(name, never_stopped, tmp_path):
+    whole, _ = never_stopped(name)
+    directory = shutil.copytree(whole.directory, tmp_path / "runs" / "copy")
+    (directory / "offline.pt").unlink()
+    assert run(RUNS[name][0], f"--resume {directory} --device cpu", tmp_path) == 0
+    assert torch.load(directory / "last.pt", weights_only=True)["phase"] == "online"
+    assert not (directory / "offline.pt").exists()
+
+
+def test_only_last_pt_sets_back_its_clock(smac, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    started = smac.Run(smac.Args("pendulum-medium-replay", eval_episodes=1, checkpoint_every=0.1))
+    started.saved_at = 7.0
+    started.save("offline.pt", "offline", 1)
+    assert started.saved_at == 7.0
+    started.autosave("offline", 1)
+    assert (started.directory / "last.pt").exists() and started.saved_at > 7
 
 
 @pytest.mark.slow
