@@ -53,7 +53,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU where there is one
     compile: bool = False  # torch.compile the update steps; pays on a GPU
     download: bool = False  # allow the network: fetch a dataset that is not on this machine
-    resume: str | None = None  # run directory to go on with, from its last.pt and with its own settings
+    resume: str | None = None  # run directory to go on with: its last.pt and settings; device given anew
     checkpoint_every: float = 5.0  # minutes between writes of last.pt (online: at the next episode's end)
     checkpoint: str | None = None  # another run's checkpoint, whose policy is aligned; nothing is pre-trained
     # networks
@@ -408,7 +408,7 @@ def td_target(rewards, terminations, next_q, next_log_prob, alpha, gamma: float)
 
 
 def td_loss(q: Tensor, y: Tensor) -> Tensor:
-    """L_AC = mean_i E[(Q_i(s, a) - y)^2], q (N, B), y (B,)."""
+    """L_Q = mean_i E[(Q_i(s, a) - y)^2], q (N, B), y (B,)."""
     return ((q - y) ** 2).mean()
 
 
@@ -676,7 +676,7 @@ def train_offline(run: Run) -> Agent:
     start = run.restore(phase, total, agent=agent, **optimizers)
     buffer = ReplayBuffer(data.columns, run.device)
     step_networks = torch.compile(update) if args.compile else update
-    if start == 0 and phase == "offline":
+    if not run.state and phase == "offline":
         run.evaluate("offline", 0, 0, agent, {})
     for step in tqdm(range(start + 1, total + 1), phase, disable=None):
         batch = buffer.split(buffer.sample_rows(args.batch_size))

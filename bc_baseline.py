@@ -43,7 +43,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU where there is one
     compile: bool = False  # torch.compile the update steps; pays on a GPU
     download: bool = False  # allow the network: fetch a dataset that is not on this machine
-    resume: str | None = None  # run directory to go on with, from its last.pt and with its own settings
+    resume: str | None = None  # run directory to go on with: its last.pt and settings; device given anew
     checkpoint_every: float = 5.0  # minutes between writes of last.pt (online: at the next episode's end)
     # networks; the critics stay as they are drawn, for the fine-tuner that takes the checkpoint
     hidden_sizes: tuple[int, ...] = (256, 256)  # widths of the hidden layers of actor and critics

@@ -57,7 +57,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU where there is one
     compile: bool = False  # torch.compile the update steps; pays on a GPU
     download: bool = False  # allow the network: fetch a dataset that is not on this machine
-    resume: str | None = None  # run directory to go on with, from its last.pt and with its own settings
+    resume: str | None = None  # run directory to go on with: its last.pt and settings; device given anew
     checkpoint_every: float = 5.0  # minutes between writes of last.pt (online: at the next episode's end)
     # networks
     hidden_sizes: tuple[int, ...] = (256, 256)  # widths of the hidden layers of actor and critics
@@ -79,10 +79,10 @@ class Args:
     offline_steps: int = 250_000  # gradient updates of the offline phase; WSRL, locomotion and kitchen
     calibrate: bool = True  # push no value of the policy's actions below the return-to-go; without: CQL
     alpha_cql: float = 5.0  # weight of the CQL term; WSRL 5, official antmaze 5, adroit 1, CORL locomotion 10
-    cql_actions: int = 10  # n, actions drawn from each of uniform, pi(.|s) and pi(.|s'); all public codes
+    cql_actions: int = 10  # n actions each from uniform, pi(.|s) and pi(.|s'); all public codes
     cql_temperature: float = 1.0  # temperature of the soft maximum over actions; all public codes
     cql_importance_sampling: bool = True  # divide by each action's density; public codes, not for kitchen
-    cql_max_target: bool = True  # best of n actions in the target, not one; official, WSRL (CORL: antmaze)
+    cql_max_target: bool = True  # best of n target actions, not 1; official, WSRL (CORL: antmaze, adroit)
     cql_clip: tuple[float, float] = (-math.inf, math.inf)  # bounds of a gap, no gradient beyond; official
     cql_lagrange: bool = False  # multiply alpha_cql by alpha', which learns to hold the gap; antmaze: on
     cql_gap: float = 0.8  # the mean CQL gap that alpha' holds; antmaze, all public codes
@@ -99,7 +99,7 @@ class Args:
 
 # === Tasks and data ========================================================================================
 
-# the critics and rates of the collection's comparison, where the temperature arrives; Args: published values
+# the comparison's networks, and rates at which the temperature settles; Args: published values
 SMALL = dict(hidden_sizes=(128, 128), num_critics=4, critic_layer_norm=True, tau=0.05, actor_lr=3e-4,
              alpha_cql=10.0, offline_optimizer="muon", online_optimizer="muon", batch_size=128,
              offline_steps=10_000, online_steps=10_000, eval_every=1_000,
@@ -313,7 +313,7 @@ class Critic(nn.Module):
 
 
 class Agent(nn.Module):
-    """All that a run trains. Actor, critics, target critics and temperature alpha are what goes online."""
+    """All that a run trains. All of it goes online, and to a fine-tuner all but log_alpha_prime."""
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
@@ -381,7 +381,7 @@ def td_target(rewards, terminations, next_q, next_log_prob, alpha, gamma: float)
 
 
 def td_loss(q: Tensor, y: Tensor) -> Tensor:
-    """L_AC = mean_i E[(Q_i(s, a) - y)^2], q (N, B), y (B,)."""
+    """L_Q = mean_i E[(Q_i(s, a) - y)^2], q (N, B), y (B,)."""
     return ((q - y) ** 2).mean()
 
 
@@ -468,20 +468,20 @@ def calql_gradients(agent: Agent, batch: dict, args: Args, actor: bool) -> dict[
     clipped_gap, loss_td = gap.clamp(*args.cql_clip).mean(), td_loss(q_data, y)
     metrics = dict(critic_loss=loss_td, cql_gap=gap, q=q_data, q_policy=q_policy, q_random=q_random,
                    below_return=(q_policy < bound).float())  # fmt: skip
-    # both terms are means over the critics; public codes sum both
+    # both terms are means over the critics, as in WSRL; Cal-QL and CORL: sums
     loss = loss_td + args.alpha_cql * clipped_gap
     if args.cql_lagrange:
         scale = metrics["alpha_prime"] = agent.log_alpha_prime.exp().clamp(max=1e6).detach()
         loss_prime = alpha_prime_loss(agent.log_alpha_prime, clipped_gap, args.alpha_cql, args.cql_gap)
         loss = loss_td + args.alpha_cql * scale * clipped_gap + loss_prime
     loss.backward(inputs=[q, agent.log_alpha_prime])
-    # most actions have no gradient: a return-to-go above Q, or no weight in the soft maximum. Only the others
-    # go through the critics again, forward and backward, which takes half the time
+    # calibration leaves most actions without a gradient: their return-to-go is above Q. Only the others go
+    # through the critics again, forward and backward, which takes half the time (of CQL a little more)
     grad_q = q.grad.flatten(1)  # (N, (3n + 1) B)
     rows = grad_q.any(dim=0).nonzero().squeeze(1)  # R of them
     points = batch["observations"][rows % len(y)], actions.flatten(0, 1)[rows]
     agent.critic(*points).backward(grad_q[:, rows], inputs=list(agent.critic.parameters()))
-    metrics |= actor_gradients(agent, batch, args) if actor else {}  # CORL: first, from the same networks
+    metrics |= actor_gradients(agent, batch, args) if actor else {}  # CORL takes these first
     return {name: value.detach().mean() for name, value in metrics.items()}
 
 
@@ -667,7 +667,7 @@ def train_offline(run: Run) -> Agent:
     start = run.restore("offline", args.offline_steps, agent=agent, **optimizers)
     buffer = ReplayBuffer(with_returns(data, args.gamma), run.device)
     gradients = torch.compile(calql_gradients) if args.compile else calql_gradients
-    if start == 0:
+    if not run.state:
         run.evaluate("offline", 0, 0, agent, {})
     for step in tqdm(range(start + 1, args.offline_steps + 1), "offline", disable=None):
         metrics = gradients(agent, buffer.split(buffer.sample_rows(args.batch_size)), args, True)

@@ -14,12 +14,12 @@ gradients are taken before any step, as in CORL (theirs steps V first and uses t
 
     python iql_baseline.py --env-id pendulum-medium-replay    # a first look, two minutes
     python iql_baseline.py --resume runs/NAME                 # go on with a run that was stopped
-    python sac_finetune.py --checkpoint runs/NAME/offline.pt  # SAC (or TD3, ACA) takes over from IQL
-Paper scale and values, by the kind of data: locomotion, antmaze (rewards - 1), kitchen and adroit
+    python sac_finetune.py --checkpoint runs/NAME/offline.pt  # SAC (or TD3, ACA) goes on from IQL
+Paper values by the kind of data: locomotion (and the scale); antmaze (rewards - 1); kitchen and adroit
     python iql_baseline.py --env-id d4rl-original/hopper/medium-replay-v2 --return-range 1000 \
         --offline-steps 1000000 --online-steps 1000000 --offline-fraction -1
-    ... --expectile 0.9 --inverse-temperature 10 --no-cosine-actor-lr
-    ... --expectile 0.7 --inverse-temperature 0.5
+    python iql_baseline.py --env-id ID --expectile 0.9 --inverse-temperature 10
+    python iql_baseline.py --env-id ID --expectile 0.7 --inverse-temperature 0.5
 
 Writes runs/{env_id}__iql_baseline__{seed}__{time}/: config.json, a copy of this script, TensorBoard events,
 metrics.csv (a row per evaluation, every episode's return), offline.pt, final.pt, learning_curve.png.
@@ -57,7 +57,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU where there is one
     compile: bool = False  # torch.compile the update steps; pays on a GPU
     download: bool = False  # allow the network: fetch a dataset that is not on this machine
-    resume: str | None = None  # run directory to go on with, from its last.pt and with its own settings
+    resume: str | None = None  # run directory to go on with: its last.pt and settings; device given anew
     checkpoint_every: float = 5.0  # minutes between writes of last.pt (online: at the next episode's end)
     # networks
     hidden_sizes: tuple[int, ...] = (256, 256)  # widths of the hidden layers of actor and critics
@@ -65,7 +65,7 @@ class Args:
     critic_activation: Literal["relu", "silu"] = "relu"  # of critics and V; ReLU in the official code, CORL
     critic_layer_norm: bool = False  # LayerNorm before the activation of the critics' hidden layers
     # optimiser; Adam and its 3e-4 are the official code's and CORL's
-    offline_optimizer: Literal["muon", "adam"] = "adam"  # of the hidden weights; the rest takes Adam
+    offline_optimizer: Literal["muon", "adam"] = "adam"  # for hidden weights of actor and critics, not V
     online_optimizer: Literal["muon", "adam"] = "adam"  # the same online; its state starts fresh
     muon_lr: float = 1e-3  # Muon's learning rate, times 0.2 sqrt(max(rows, cols)) to match Adam's step
     actor_lr: float = 3e-4  # Adam's for the actor
@@ -79,7 +79,7 @@ class Args:
     inverse_temperature: float = 3.0  # beta; official 3, antmaze 10, kitchen and adroit 0.5; 0: cloning
     weight_clip: float = 100.0  # largest weight exp(beta A) of a recorded action; official, CORL
     return_range: float = 0.0  # scale beta as if the returns spanned this, 0: as is; official 1,000
-    cosine_actor_lr: bool = True  # actor_lr falls to 0 along a cosine offline; official, but not for antmaze
+    cosine_actor_lr: bool = True  # actor_lr falls to 0 along a cosine offline; official
     # online phase
     online_steps: int = 250_000  # environment steps of the online phase
     offline_fraction: float = 0.5  # share of offline data in online batches; -1: by size (official)
@@ -365,7 +365,7 @@ def make_optimizers(agent: Agent, kind: str, args: Args, rate: float = 1.0) -> d
 
 
 def td_loss(q: Tensor, y: Tensor) -> Tensor:
-    """L_AC = mean_i E[(Q_i(s, a) - y)^2], q (N, B), y (B,)."""
+    """L_Q = mean_i E[(Q_i(s, a) - y)^2], q (N, B), y (B,)."""
     return ((q - y) ** 2).mean()
 
 
@@ -392,17 +392,17 @@ def iql_gradients(agent: Agent, batch: dict, beta: float, args: Args, actor: boo
     advantage = target_q - v
     # mean over the critics, as in CORL; their sum in the official code
     loss_q, loss_v = td_loss(q, y), expectile_loss(advantage, args.expectile)
-    loss, stepped = loss_q + loss_v, [*agent.critic.parameters(), *agent.value.parameters()]
+    loss = loss_q + loss_v
     metrics = {"critic_loss": loss_q, "value_loss": loss_v, "q": q.mean(), "v": v.mean()}
     if actor:
         # A by the target critics, as in both public codes, and by V before its step, as in CORL
         weights = advantage_weights(advantage, beta, args.weight_clip)
         log_prob, _ = action_log_prob(agent.actor, observations, actions)
         loss_pi = -(weights * log_prob).mean()
-        loss, stepped = loss + loss_pi, [*stepped, *agent.actor.parameters()]
+        loss = loss + loss_pi
         metrics |= {"actor_loss": loss_pi, "log_prob_recorded": log_prob.mean(), "weight": weights.mean(),
                     "clipped_weights": (weights == args.weight_clip).float().mean()}  # fmt: skip
-    loss.backward(inputs=stepped)
+    loss.backward()  # each loss reaches its own network alone
     return {name: x.detach() for name, x in metrics.items()}
 
 
@@ -554,10 +554,7 @@ def set_statistics(network: nn.Module, data: Dataset) -> None:
 
 
 def scaled_beta(data: Dataset, args: Args) -> float:
-    """beta, or with --return-range beta times that range over the range of the recording's returns.
-
-    As if locomotion's rewards were multiplied by 1000 / (max - min), as the official code and CORL do.
-    """
+    """beta, times --return-range / (max - min of the returns) if given: official and CORL scale rewards."""
     spread = np.ptp(data.returns) * abs(data.reward(1.0) - data.reward(0.0))
     return args.inverse_temperature * (args.return_range / spread if args.return_range else 1.0)
 
@@ -573,7 +570,7 @@ def train_offline(run: Run) -> Agent:
     start = run.restore("offline", args.offline_steps, agent=agent, **optimizers)
     buffer = ReplayBuffer(data.columns, run.device)
     gradients = torch.compile(iql_gradients) if args.compile else iql_gradients
-    if start == 0:
+    if not run.state:
         run.evaluate("offline", 0, 0, agent, {})
     for step in tqdm(range(start + 1, args.offline_steps + 1), "offline", disable=None):
         if args.cosine_actor_lr:

@@ -56,7 +56,7 @@ class Args:
     compile: bool = False  # torch.compile the update steps; pays on a GPU
     download: bool = False  # allow the network: fetch a dataset that is not on this machine
     checkpoint: str | None = None  # offline.pt or final.pt to start from; none: from scratch
-    resume: str | None = None  # run directory to go on with, from its last.pt and with its own settings
+    resume: str | None = None  # run directory to go on with: its last.pt and settings; device given anew
     checkpoint_every: float = 5.0  # minutes between writes of last.pt (online: at the next episode's end)
     # networks
     hidden_sizes: tuple[int, ...] = (256, 256)  # widths of the hidden layers of actor and critics
@@ -78,8 +78,8 @@ class Args:
     online_rate: float = 0.3  # multiplies all learning rates; from scratch take 1
     offline_fraction: float = 0.5  # share of offline data in online batches
     utd_ratio: int = 1  # critic updates, each on a fresh batch, per environment step and actor update
-    warmup_steps: int = 0  # environment steps before the first online update, acted by the policy
-    eval_every: int = 5_000  # updates (offline) or environment steps (online) between evaluations
+    warmup_steps: int = 0  # steps before the first update, by the policy; from scratch uniform
+    eval_every: int = 5_000  # environment steps between evaluations
     handover_eval_every: int = 1_000  # the same in the first 20% of online updates, at least 2,000
     eval_episodes: int = 20  # episodes of an evaluation, with fixed seeds, by the deterministic policy
 
@@ -356,7 +356,7 @@ def td_target(rewards, terminations, next_q, next_log_prob, alpha, gamma: float)
 
 
 def td_loss(q: Tensor, y: Tensor) -> Tensor:
-    """L_AC = mean_i E[(Q_i(s, a) - y)^2], q (N, B), y (B,)."""
+    """L_Q = mean_i E[(Q_i(s, a) - y)^2], q (N, B), y (B,)."""
     return ((q - y) ** 2).mean()
 
 

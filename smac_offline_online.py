@@ -52,7 +52,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU where there is one
     compile: bool = False  # torch.compile the update steps; pays on a GPU
     download: bool = False  # allow the network: fetch a dataset that is not on this machine
-    resume: str | None = None  # run directory to go on with, from its last.pt and with its own settings
+    resume: str | None = None  # run directory to go on with: its last.pt and settings; device given anew
     checkpoint_every: float = 5.0  # minutes between writes of last.pt (online: at the next episode's end)
     # networks
     hidden_sizes: tuple[int, ...] = (256, 256)  # widths of the hidden layers of actor and critics
@@ -400,7 +400,7 @@ def td_target(rewards, terminations, next_q, next_log_prob, alpha, gamma: float)
 
 
 def td_loss(q: Tensor, y: Tensor) -> Tensor:
-    """L_AC = mean_i E[(Q_i(s, a) - y)^2], q (N, B), y (B,)."""
+    """L_Q = mean_i E[(Q_i(s, a) - y)^2], q (N, B), y (B,)."""
     return ((q - y) ** 2).mean()
 
 
@@ -447,7 +447,7 @@ def critic_gradients(agent: Agent, batch: dict[str, Tensor], args: Args) -> dict
 
 
 def smac_critic_gradients(agent: Agent, batch: dict[str, Tensor], args: Args) -> dict[str, Tensor]:
-    """Puts the gradient of L_AC + kappa L_SM into `.grad` of the critics and of alpha_psi."""
+    """Puts the gradient of L_Q + kappa L_SM into `.grad` of the critics and of alpha_psi."""
     observations, actions = batch["observations"], batch["actions"]
     sampled = round(args.policy_share * len(actions))  # rows whose point is the policy's action
     with torch.no_grad():
@@ -682,7 +682,7 @@ def train_offline(run: Run, columns: dict[str, np.ndarray], score_net: ScoreNet 
     buffer = ReplayBuffer(columns | asked, run.device)
     critic = smac_critic_gradients if score_net else critic_gradients
     step_networks = torch.compile(update) if args.compile else update
-    if start == 0:
+    if start == 0 and run.state.get("phase") != "online":
         run.evaluate("offline", 0, 0, agent, {})
     for step in tqdm(range(start + 1, args.offline_steps + 1), "offline", disable=None):
         batch = buffer.split(buffer.sample_rows(args.batch_size))

@@ -55,11 +55,11 @@ class Args:
     compile: bool = False  # torch.compile the update steps; pays on a GPU
     download: bool = False  # allow the network: fetch a dataset that is not on this machine
     checkpoint: str | None = None  # offline.pt or final.pt to start from; none: from scratch
-    resume: str | None = None  # run directory to go on with, from its last.pt and with its own settings
+    resume: str | None = None  # run directory to go on with: its last.pt and settings; device given anew
     checkpoint_every: float = 5.0  # minutes between writes of last.pt (online: at the next episode's end)
     # networks
     hidden_sizes: tuple[int, ...] = (256, 256)  # widths of the hidden layers of actor and critics
-    num_critics: int = 4  # critics in the ensemble; the actor follows the minimum of 2, the mean of more
+    num_critics: int = 4  # critics in the ensemble; the actor follows the first
     target_critics: int = 2  # target critics drawn for each batch, whose minimum is the target; 0: all
     critic_activation: Literal["relu", "silu"] = "silu"  # ReLU makes grad_a Q piecewise constant
     critic_layer_norm: bool = True  # LayerNorm before the activation of the critics' hidden layers
@@ -70,7 +70,7 @@ class Args:
     critic_lr: float = 3e-4  # Adam's for the critics
     batch_size: int = 256  # transitions of a gradient update
     gamma: float = 0.99  # discount
-    tau: float = 0.05  # step of the target critics towards the critics
+    tau: float = 0.05  # step of all targets towards their networks
     # TD3
     policy_delay: int = 2  # critic updates for one update of the actor and of all targets
     policy_noise: float = 0.2  # standard deviation of the noise on the target policy's actions
@@ -81,9 +81,9 @@ class Args:
     online_steps: int = 250_000  # environment steps of the online phase
     online_rate: float = 0.3  # multiplies all learning rates; from scratch take 1
     offline_fraction: float = 0.5  # share of offline data in online batches
-    utd_ratio: int = 1  # critic updates, each on a fresh batch, per environment step and actor update
-    warmup_steps: int = 0  # environment steps before the first online update, acted by the policy
-    eval_every: int = 5_000  # updates (offline) or environment steps (online) between evaluations
+    utd_ratio: int = 1  # critic updates, each on a fresh batch, per environment step
+    warmup_steps: int = 0  # steps before the first update, by the policy; from scratch uniform
+    eval_every: int = 5_000  # environment steps between evaluations
     handover_eval_every: int = 1_000  # the same in the first 20% of online updates, at least 2,000
     eval_episodes: int = 20  # episodes of an evaluation, with fixed seeds, by the deterministic policy
 
@@ -360,7 +360,7 @@ def td_target(rewards, terminations, next_q, next_log_prob, alpha, gamma: float)
 
 
 def td_loss(q: Tensor, y: Tensor) -> Tensor:
-    """L_AC = mean_i E[(Q_i(s, a) - y)^2], q (N, B), y (B,)."""
+    """L_Q = mean_i E[(Q_i(s, a) - y)^2], q (N, B), y (B,)."""
     return ((q - y) ** 2).mean()
 
 

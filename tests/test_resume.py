@@ -165,6 +165,15 @@ def test_a_lost_offline_pt_is_not_made_of_untrained_networks(name, never_stopped
     assert not (directory / "offline.pt").exists()
 
 
+@pytest.mark.parametrize("script", ["smac_offline_online", "calql_baseline", "iql_baseline"])
+def test_a_run_without_offline_updates_goes_on_as_well(script, tmp_path):
+    score = "--score-hidden-sizes 8 8 --score-steps 20" if script == "smac_offline_online" else ""
+    assert run(script, f"{SIZES} --offline-steps 0 {score}", tmp_path) == 0
+    whole = (ended(tmp_path).directory / "metrics.csv").read_text()
+    assert run(script, f"--resume {ended(tmp_path).directory} --device cpu", tmp_path) == 0
+    assert (ended(tmp_path).directory / "metrics.csv").read_text() == whole
+
+
 def test_only_last_pt_sets_back_its_clock(smac, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     started = smac.Run(smac.Args("pendulum-medium-replay", eval_episodes=1, checkpoint_every=0.1))
