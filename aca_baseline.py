@@ -1,4 +1,4 @@
-"""ACA, Actor-Critic Alignment: online, Q is rebuilt from the offline policy; no offline data needed there.
+"""ACA, Actor-Critic Alignment: online, Q is rebuilt from the offline policy; offline data are optional there.
 
 Yu and Zhang, ICML 2023. Offline SAC+ML trains SAC with a likelihood term and, beside it, a baseline Z(s). At
 the handover the offline Q is thrown away and made anew of Z and pi_0, a frozen copy of the policy:
@@ -16,8 +16,8 @@ weight is 1 (a higher one asks for a narrower policy). Plain SAC follows on this
     python aca_baseline.py --resume runs/NAME                        # go on with a run that was stopped
 
 Writes runs/{env_id}__aca_baseline__{seed}__{time}/: config.json, a copy of this script, TensorBoard events,
-metrics.csv (a row per evaluation, every episode's return), offline.pt (before the alignment: the other
-scripts take it online), final.pt (R in the place of the critics: none does), learning_curve.png.
+metrics.csv (a row per evaluation, every episode's return), offline.pt (before the alignment, for the
+fine-tuners; not with --checkpoint), final.pt (R in place of critics: for none), learning_curve.png.
 """
 
 import copy
@@ -94,10 +94,9 @@ class Args:
 
 # === Tasks and data ========================================================================================
 
-# the critics of the collection's comparison; Args: published values
-SMALL = dict(hidden_sizes=(128, 128), num_critics=4, critic_layer_norm=True, tau=0.05, batch_size=128,
-             offline_steps=10_000, online_steps=10_000, eval_every=1_000,
-             handover_eval_every=200)  # fmt: skip
+# the collection's comparison; Args has published values
+SMALL = dict(hidden_sizes=(128, 128), num_critics=4, critic_layer_norm=True, tau=0.05, eval_every=1_000,
+             offline_steps=10_000, online_steps=10_000, batch_size=128, handover_eval_every=200)  # fmt: skip
 # Pendulum's |Q| and the errors of R are large beside log pi_0: at weight 1 the policy collapses
 TINY = SMALL | dict(hidden_sizes=(64, 64), offline_steps=8_000, online_steps=4_000, actor_scale=300.0,
                     alignment_weight=30.0, alignment_floor=15.0, top_episodes=2, eval_every=500)  # fmt: skip
@@ -137,11 +136,10 @@ class Dataset:
     """A Minari recording as float32 arrays (T, ...), actions in [-1, 1]; `download` allows the network."""
 
     def __init__(self, dataset_id: str, download: bool = False):
-        bundled = Path(__file__).resolve().parent / "datasets"
-        if (bundled / dataset_id / "data").exists():
-            os.environ["MINARI_DATASETS_PATH"] = str(bundled)
+        bundled = Path(__file__).resolve().parent / "datasets" / dataset_id / "data"
+        here = bundled.exists()
         try:
-            self.minari = minari.load_dataset(dataset_id, download)
+            self.minari = minari.MinariDataset(bundled) if here else minari.load_dataset(dataset_id, download)
             episodes = list(self.minari.iterate_episodes())
         except Exception as error:  # Minari, h5py and the network raise many kinds
             near = difflib.get_close_matches(dataset_id, [*TASKS, *minari.list_local_datasets()], 3, 0.0)
@@ -179,10 +177,12 @@ class Dataset:
 
 def make_env(data: Dataset, eval_env: bool = False) -> gym.Env:
     """The recording's environment, in the wrappers that its spec names, with actions in [-1, 1]."""
-    env = data.minari.recover_environment(eval_env)
-    one = np.ones(env.action_space.shape, np.float32)
-    unit = (env.action_space.low == -one).all() and (env.action_space.high == one).all()
-    return env if unit else gym.wrappers.RescaleAction(env, -one, one)
+    try:
+        env = data.minari.recover_environment(eval_env)
+    except Exception as error:  # no spec, or its package is missing
+        fail(f"the environment of {data.minari.id} can't be made (is its package in PYTHONPATH?): {error}")
+    unit = (env.action_space.low == -1).all() and (env.action_space.high == 1).all()
+    return env if unit else gym.wrappers.RescaleAction(env, -1.0, 1.0)
 
 
 class ReplayBuffer(nn.Module):
@@ -254,7 +254,7 @@ class MLP(nn.Module):
 
 
 def squashed_gaussian_log_prob(u: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """log density of a = tanh(u), u ~ N(mean, std^2), from u, never from atanh(a). (B, A) -> (B,).
+    """log density of a = tanh(u), u ~ N(mean, std^2), given u. (B, A) -> (B,).
 
     sum_k [log N(u_k; mean_k, std_k) - log(1 - tanh(u_k)^2)], the last as 2 (log 2 - u - softplus(-2u)).
     """
@@ -560,7 +560,8 @@ class Run:
         if not args.resume:
             self.directory.mkdir(parents=True)
             shutil.copy(__file__, self.directory)
-            config = dict(args=asdict(args), dataset_id=self.dataset_id, torch=torch.__version__)
+            config = dict(args=asdict(args), dataset_id=self.dataset_id, device=self.device,
+                          torch=torch.__version__)  # fmt: skip
             (self.directory / "config.json").write_text(json.dumps(config, indent=2))
         self.writer = SummaryWriter(self.directory)
         print(f"run directory: {self.directory}")
@@ -646,17 +647,14 @@ def set_statistics(network: nn.Module, data: Dataset) -> None:
 
 def take_policy(run: Run, agent: Agent) -> None:
     """Takes the policy and the temperature of --checkpoint, and its Z; where it has none, Z starts at 0."""
-    torch.manual_seed(stream_seed(run.args.seed, "alignment"))
-    agent.baseline = Critic(run.obs_dim, 0, run.args).net.to(run.device)
     nn.init.zeros_(agent.baseline.weights[-1])
     nn.init.zeros_(agent.baseline.biases[-1])
-    set_statistics(agent, run.data)
     origin = load_checkpoint(Path(run.args.checkpoint))
     taken = ("actor.", "log_alpha", "baseline.")  # no critic: the alignment throws them away
-    saved = {name: x for name, x in origin["parts"]["agent"].items() if name.startswith(taken)}
     try:
+        saved = {name: x for name, x in origin["parts"]["agent"].items() if name.startswith(taken)}
         agent.load_state_dict(saved, strict=False)
-    except RuntimeError as error:  # another shape
+    except (KeyError, RuntimeError) as error:  # none, or of another shape
         fail(f"{run.args.checkpoint} doesn't fit: take one of this task ({str(error)[:200]})")
     run.rows = origin["rows"] if origin["phase"] == "offline" else []  # they come first in metrics.csv
 

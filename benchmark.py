@@ -1,6 +1,6 @@
 """Runs studies of many runs, and reports them: handover drop, regret, verdict, tables, intervals, curves.
 
-    python benchmark.py run results/comparison                   what is missing of the study's plan.toml
+    python benchmark.py run results/comparison                   what the study's plan.toml still lacks
     python benchmark.py run results/choices --seeds 1 2 3 --variants default kappa-0
     python benchmark.py run results/NAME --scripts smac_offline_online.py calql_baseline.py --finetune sac td3
         --env-ids hopper-medium-replay --seeds 11 12 13          a grid, whose plan.toml it writes
@@ -12,7 +12,7 @@
 A plan names the variants of each task, as flags that may begin with a script (smac_offline_online.py if not):
 
     ["hopper-medium-replay"]
-    seeds = [11, 12, 13]                                         # that run if the command names none
+    seeds = [11, 12, 13]                                         # run if the command names none
     "smac" = "--kappa 1"
     "smac+td3" = "td3_finetune.py --checkpoint {checkpoints}/hopper-medium-replay/smac__{seed}_offline.pt"
 
@@ -56,7 +56,7 @@ ROOT = Path(__file__).resolve().parent
 
 @dataclass
 class RunArgs:
-    """Run what is missing of a study: a csv for every task, variant and seed of its plan."""
+    """Run what a study still lacks: a csv for every task, variant and seed of its plan."""
 
     folder: tyro.conf.Positional[Path]  # folder of the study, results/NAME, or the plan.toml in it
     seeds: tuple[int, ...] = ()  # none: those of each task in the plan, or 1 2 3
@@ -77,10 +77,10 @@ class ReportArgs:
     folder: tyro.conf.Positional[Path]  # folder of a study, results/NAME, or of run directories, runs
     seeds: tuple[int, ...] = ()  # only these
     variants: tuple[str, ...] = ()  # only these
-    brief: bool = False  # without the flags and the diagnostics
-    cross: bool = False  # a row an offline algorithm, a column an online one
+    brief: bool = False  # without flags, diagnostics and lowest
+    cross: bool = False  # rows: offline algorithms, columns: online ones
     statistics: bool = False  # intervals, aggregates and curves; also FOLDER/statistics.md and .csv
-    against: str | None = None  # variant that --statistics compares final scores with; the first if none
+    against: str | None = None  # variant that --statistics compares with; the first if none
 
 
 def fail(message: str):
@@ -139,7 +139,7 @@ def write_grid(args: RunArgs) -> None:
     def labelled(entry: str) -> tuple[str, str]:
         found = re.fullmatch(r"(?:([\w.-]+)=)?((\w+)\.py.*)", FINETUNERS.get(entry, entry))
         if not found or not (ROOT / f"{found[3]}.py").exists():
-            fail(f"{entry!r} is no `script flags`, `label=script flags`, {', '.join(FINETUNERS)}")
+            fail(f"{entry!r} is not `script flags`, `label=script flags`, {', '.join(FINETUNERS)}")
         return found[1] or (entry if entry in FINETUNERS else found[3].split("_")[0]), found[2]
 
     offline = [labelled(entry) for entry in args.scripts]
@@ -150,7 +150,7 @@ def write_grid(args: RunArgs) -> None:
     for task in args.env_ids:
         rows += [f"[{json.dumps(task)}]"] + [f"seeds = {[*args.seeds]}"] * bool(args.seeds)
         for label, command in offline:
-            start = f"--checkpoint {{checkpoints}}/{task}/{label}__{{seed}}_offline.pt"
+            start = f"--checkpoint {{checkpoints}}/{task.replace('/', '-')}/{label}__{{seed}}_offline.pt"
             named = {label: command} | {f"{label}+{name}": f"{how} {start}" for name, how in online}
             rows += [f"{json.dumps(name)} = {json.dumps(flags)}" for name, flags in named.items()]
     path, text = args.folder / "plan.toml", "\n".join(rows) + "\n"
@@ -168,10 +168,11 @@ def plan_jobs(args: RunArgs) -> dict[str, Job]:
         seeds = args.seeds or variants.pop("seeds", (1, 2, 3))
         rows += [(seed, task, *item) for seed, item in product(seeds, variants.items()) if item[0] != "seeds"]
     for seed, task, variant, flags in sorted(rows, key=lambda row: row[0]):
-        words = flags.replace("{seed}", str(seed)).replace("{checkpoints}", str(checkpoints)).split()
+        words = [word.replace("{seed}", str(seed)) for word in flags.split()]
+        words = [word.replace("{checkpoints}", str(checkpoints)) for word in words]
         script = words.pop(0) if words and words[0].endswith(".py") else "smac_offline_online.py"
         takes = [word.split("=")[-1] for word in words if str(checkpoints) in word]
-        name = f"{task}/{variant}__{seed}"
+        name = f"{task.replace('/', '-')}/{variant}__{seed}"  # a Minari id has slashes
         command = [str(ROOT / script), "--env-id", task, "--seed", str(seed), *words]
         jobs[name] = Job(name, task, variant, seed, flags, command, folder / f"{name}.csv",
                          folder / "runs" / name, str(checkpoints / name), takes)  # fmt: skip
@@ -179,7 +180,7 @@ def plan_jobs(args: RunArgs) -> dict[str, Job]:
 
 
 def is_checkpoint_of(path: str, job: Job | None) -> bool:
-    """Whether this file is a whole checkpoint, and not one that another study left under the job's name."""
+    """Whether this file is a whole checkpoint, and made by the job's script."""
     import torch  # only here: a report needs none
 
     try:
@@ -261,11 +262,11 @@ def keep_results(job: Job) -> None:
         if (path := directory / f"{which}.pt").exists():
             Path(job.kept).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, f"{job.kept}_{which}.pt")
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    code = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
-    device = config.get("device") or config["args"]["device"]
-    origin = dict(variant=job.variant, flags=job.flags, seed=job.seed, code=code, device=device,
-                  dataset_id=config["dataset_id"], eval_every=config["args"]["eval_every"])  # fmt: skip
+    git = "git describe --always --dirty --abbrev=12 '--exclude=*'"  # in a shell, as git may be missing
+    code = subprocess.run(git, shell=True, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    origin = dict(variant=job.variant, flags=job.flags, seed=job.seed, code=code or "unknown",
+                  device=config["device"], dataset_id=config["dataset_id"],
+                  eval_every=config["args"]["eval_every"])  # fmt: skip
     rows = pd.read_csv(directory / "metrics.csv").assign(**origin)
     write_csv(job.csv, rows[[*origin, *rows.columns.drop([*origin])]])
     (directory / "last.pt").unlink(missing_ok=True)
@@ -319,7 +320,7 @@ def run_jobs(args: RunArgs, todo: dict[str, Job]) -> None:
 
 
 def run_study(args: RunArgs) -> None:
-    """Runs what is missing of a study; then its report."""
+    """Runs what a study still lacks, then its report."""
     args.folder = args.folder.parent if args.folder.suffix == ".toml" else args.folder
     if args.scripts:
         write_grid(args)
@@ -330,7 +331,7 @@ def run_study(args: RunArgs) -> None:
     todo, made = missing(args, jobs), [job for job in jobs.values() if job.csv.exists()]
     print(f"{len(todo)} of the plan's {len(jobs)} runs are to do; logs: {args.folder}/runs/TASK/RUN/log.txt")
     if others := [job for job in made if read_rows(job.csv)["flags"][0] != job.flags]:
-        print(f"note: {len(others)} csvs were made with other flags than the plan's, as {others[0].csv}; "
+        print(f"note: {len(others)} csvs have other flags than the plan's, such as {others[0].csv}: "
               "delete those that are to run again")  # fmt: skip
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -358,14 +359,14 @@ class Recording(NamedTuple):
 @lru_cache
 def load_recording(dataset_id: str) -> Recording:
     """The returns of a Minari dataset."""
-    if (ROOT / "datasets" / dataset_id / "data").exists():
-        os.environ["MINARI_DATASETS_PATH"] = str(ROOT / "datasets")
+    bundled = ROOT / "datasets" / dataset_id / "data"
     try:
-        dataset = minari.load_dataset(dataset_id)
-        returns = np.array([np.sum(e.rewards, dtype=np.float64) for e in dataset.iterate_episodes()])
+        dataset = minari.MinariDataset(bundled) if bundled.exists() else minari.load_dataset(dataset_id)
+        rewards = [np.asarray(e.rewards, np.float64) for e in dataset.iterate_episodes()]
     except Exception as error:  # Minari and h5py raise many kinds
         fail(f"the dataset {dataset_id} of these runs can't be read ({error}): a verdict needs its returns")
     known = dataset.storage.metadata
+    returns = np.array([r[-1] if known.get("return") == "last reward" else r.sum() for r in rewards])
     low, high = known.get("ref_min_score", returns.min()), known.get("ref_max_score", returns.max())
     return Recording(returns, low, high)
 
@@ -412,7 +413,7 @@ def read_rows(path: Path) -> pd.DataFrame:
 
 
 def read_run(path: Path) -> dict:
-    """Scores, verdict and, from the last offline evaluation, diagnostics of a run from its csv."""
+    """Scores, verdict and, from its first phase's last evaluation, diagnostics of a run from its csv."""
     rows = read_rows(path)
     first, recording = rows.iloc[0], load_recording(rows.dataset_id[0])
     mean_of_data = recording.score(recording.returns.mean())
@@ -433,7 +434,8 @@ def read_study(args: ReportArgs) -> pd.DataFrame:
         fail(f"{args.folder} holds no such runs: name the folder of a study, or runs")
     runs = pd.DataFrame(found)
     runs = runs.reindex(columns=runs.columns.union([*MEASURES, "smooth"], sort=False))
-    plan = read_plan(args.folder) if (args.folder / "plan.toml").exists() else {}
+    plan = read_plan(args.folder) if study else {}
+    plan = {task.replace("/", "-"): variants for task, variants in plan.items()}
     place = [[*plan.get(task, ()), name].index(name) for task, name in zip(runs.task, runs.variant)]
     runs = runs.assign(place=place).sort_values(["task", "place", "variant", "seed"], ignore_index=True)
     for (task, variant), group in runs.groupby(["task", "variant"], sort=False):
@@ -457,7 +459,7 @@ def markdown(rows: list[dict[str, str]]) -> str:
 
 
 def cell(runs: pd.DataFrame, name: str, digits: int = 1) -> str:
-    """Mean and standard error over seeds, of one run its value; "" where a run has none."""
+    """Mean and standard error over seeds, for one run its value; "" where a run has none."""
     values = runs[name].astype(float)
     if values.isna().any():
         return ""
@@ -578,7 +580,7 @@ def statistics_report(args: ReportArgs, runs: pd.DataFrame) -> str:
 
     against = args.against or next(iter(runs.variant[runs.final.notna()]), "")
     if args.against and args.against not in {*runs.variant[runs.final.notna()]}:
-        fail(f"--against takes a variant with final scores, and {against} is or has none here")
+        fail(f"--against takes a variant with final scores, and {against} is none here")
     for task, of_task in runs.groupby("task"):
         rows, theirs = [], column(of_task[of_task.variant == against], "regret")
         for variant, group in of_task.groupby("variant", sort=False):
@@ -589,7 +591,8 @@ def statistics_report(args: ReportArgs, runs: pd.DataFrame) -> str:
             shown = interval(task, variant, "regret", f"below {against}", reduction, ours, theirs, 2)
             rows.append(row | {f"share of {against}'s regret saved": shown})
         text += f"### {task}\n\n{markdown(rows)}\n"
-    draw_curves(args.folder / "curves.png", runs)
+    if against:
+        draw_curves(args.folder / "curves.png", runs)
 
     count, shared, rows = runs.task.nunique(), {}, []
     for variant, group in runs.groupby("variant", sort=False):
@@ -600,11 +603,9 @@ def statistics_report(args: ReportArgs, runs: pd.DataFrame) -> str:
         for m in MEASURES:
             strata = column(group, m)
             row[f"{MEASURES[m][0]}, IQM"] = interval("all", variant, m, "IQM", interquartile_mean, strata)
-        compared = against in shared and variant != against
-        ours, theirs = (column(x, "final") if compared else [] for x in (group, shared.get(against)))
-        ours = ours if theirs else []
-        name = f"P(above {against})"
-        shown = interval("all", variant, "final", name, improvement, ours, theirs, 2)
+        theirs = column(shared[against], "final") if against in shared else []
+        ours = column(group, "final") if theirs and variant != against else []
+        shown = interval("all", variant, "final", f"P(above {against})", improvement, ours, theirs, 2)
         rows.append(row | {f"P(final score above {against}'s)": shown})
     text += f"### All tasks\n\n{markdown(rows)}\n" if rows else ""
     (args.folder / "statistics.md").write_text(text)

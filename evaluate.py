@@ -1,10 +1,10 @@
 """Plays many episodes with the policy of a checkpoint, in the evaluation environment of its dataset.
 
     python evaluate.py runs/NAME/final.pt                       # 100 episodes: mean, error, range
-    python evaluate.py runs/NAME/final.pt --stochastic          # actions drawn from the policy, as online
-    python evaluate.py runs/NAME/final.pt --video hopper.mp4    # and a film of the first one (or .gif)
+    python evaluate.py runs/NAME/final.pt --stochastic          # actions drawn from the policy, as SAC acts
+    python evaluate.py runs/NAME/final.pt --video hopper.mp4    # and a film from the first seed (or .gif)
 
-Episode i starts from seed 1000 + i: the first 20 are those of the scripts' own evaluations, to the last bit.
+Episode i starts from seed 1000 + i. Of 20 or more the first 20 are the scripts' own, to the last bit.
 """
 
 import os
@@ -32,7 +32,7 @@ class Args:
     episodes: int = 100  # episodes to play
     seed: int = 1000  # seed of the first episode, the next one's is one more; also of --stochastic
     stochastic: bool = False  # draw the actions from the policy instead of taking tanh(mean)
-    video: Path | None = None  # file for a film of the first episode, .mp4 or .gif
+    video: Path | None = None  # file for a film from the first seed, .mp4 or .gif
 
 
 # === Tasks and data ========================================================================================
@@ -70,10 +70,11 @@ def load_task(dataset_id: str) -> Task:
         dataset = minari.MinariDataset(bundled) if bundled.exists() else minari.load_dataset(dataset_id)
         scores = [dataset.storage.metadata.get(name) for name in ("ref_min_score", "ref_max_score")]
         if None in scores:  # then the data's own range, as in the training scripts
-            returns = [float(episode.rewards.sum()) for episode in dataset.iterate_episodes()]
+            last = dataset.storage.metadata.get("return") == "last reward"
+            returns = [float(e.rewards[-1] if last else e.rewards.sum()) for e in dataset.iterate_episodes()]
             scores = [s if s is not None else end(returns) for s, end in zip(scores, (min, max))]
     except Exception as error:  # Minari and h5py raise many kinds
-        fail(f"dataset {dataset_id!r}, which knows the environment, can't be read ({error}): "
+        fail(f"dataset {dataset_id!r}, with the environment, can't be read ({error}): "
              "fetch it with a training script's --download")  # fmt: skip
     return Task(dataset, *scores)
 

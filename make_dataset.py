@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import gymnasium as gym
 import h5py
@@ -293,12 +293,12 @@ def write_dataset(out: Path | None, dataset_id: str, episodes: list[dict], space
             metadata["dataset_size"] = round(len(content) / 1e6, 1)
             path = data / "metadata.json"
             path.write_text(json.dumps(json.loads(path.read_text()) | metadata))
-            for namespace in reversed(Path(dataset_id).parents[:-1]):
-                (out / namespace).mkdir(exist_ok=True)
-                (out / namespace / "namespace_metadata.json").write_text("{}")
+            for file in (out / name / "namespace_metadata.json" for name in Path(dataset_id).parents[:-1]):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(file.read_text() if file.exists() else "{}")
             os.replace(data.parent, target)
     except OSError as error:
-        fail(f"the dataset can't be written to {out} ({error}), nothing is left: make room or choose --out")
+        fail(f"the dataset can't be written to {out} ({error}), nothing is kept: make room or choose --out")
     lines = [f"{key:<24}{value:>14,}" for key, value in (sizes | statistics).items()]
     lines += [f"note: {note}" for note in metadata.get("notes", ())]
     print(*lines, f"sha256 {metadata['data_checksum']}", f"{dataset_id} is written to {target}", sep="\n")
@@ -321,7 +321,7 @@ class Record:
     out: Path = BUNDLED  # folder that receives the dataset
     policy: Path | None = None  # a training script's final.pt, offline.pt or last.pt: record its policy
     seed: int = 1  # seed of networks, exploration, sampling and environment
-    device: str = "cpu"  # cpu or cuda
+    device: Literal["cpu", "cuda"] = "cpu"
     min_score: float = 33.0  # stop at the first evaluation with at least this normalised score ...
     max_score: float = 60.0  # ... and at most this one
     ref_min_score: float | None = None  # return of a random policy (score 0); default: REFERENCE_SCORES
@@ -344,7 +344,7 @@ class Record:
             fail(f"no reference scores are known for {self.env_id}: give --ref-min-score and --ref-max-score")
         check(self.out, self.dataset_id, low, high)
         env = flat_env(self.env_id, unit_actions=True)
-        spaces = flat_space(env.observation_space), Box(-1, 1, env.action_space.shape)
+        spaces = Box(-np.inf, np.inf, env.observation_space.shape), Box(-1, 1, env.action_space.shape)
         source, agent = self.trained(*(space.shape[0] for space in spaces)) if self.policy else ({}, None)
         episodes, scores = self.collect(low, high, agent)
         settings = {key: value for key, value in asdict(self).items() if key not in ("out", "policy")}
@@ -428,6 +428,8 @@ def flat_env(env_id: str, unit_actions: bool = False, **kwargs) -> gym.Env:
     box, spaces = env.action_space, (env.observation_space, env.action_space)
     if not all(isinstance(s, Box) and len(s.shape) == 1 for s in spaces) or not box.is_bounded():
         fail(f"flat Box observations and bounded flat Box actions are needed; {env_id} has {spaces}")
+    if callable(maker := env.unwrapped.spec.entry_point):  # a dataset holds its name
+        env.unwrapped.spec.entry_point = f"{maker.__module__}:{maker.__qualname__}"
     if env.spec.max_episode_steps is None:
         fail(f"{env_id} has no time limit; register it with max_episode_steps")
     rescale = unit_actions and ((box.low != -1).any() or (box.high != 1).any())
@@ -534,7 +536,7 @@ def with_successors(rows: dict, ends: np.ndarray, notes: list[str]) -> dict:
     """next_observations of a file that has none, from the row behind. `ends` (T,): last rows of the episodes.
 
     The last row of an episode that time (or the file's end) cut has no successor and is dropped: the episode
-    ends one row earlier. A terminated row stays, as y = r needs none; its own observation takes the place.
+    ends one row earlier. A terminated row stays, as y = r needs none; its own observation stands in.
     """
     successors = np.concatenate([rows["observations"][1:], rows["observations"][-1:]])
     successors[ends] = rows["observations"][ends]
@@ -573,7 +575,7 @@ def read_kitchen(file, notes: list[str]) -> dict:
     notes.append(f"{sum(rows['rewards'] > rewards):,} rows in which a task was undone again count it as done")
     again = np.r_[False, done[:-1] & ~ends[:-1]]  # behind a row with all tasks done, in the same episode
     rows |= dict(terminations=done & ~again, behind=done & again)
-    rows = with_successors(rows, ends, notes)
+    rows = with_successors(rows, ends & ~again, notes)
     behind = rows.pop("behind")
     notes.append(f"{behind.sum():,} rows dropped behind the first with all four tasks done")
     return {name: column[~behind] for name, column in rows.items()}
@@ -596,7 +598,7 @@ def read_numpy(path: Path) -> dict:
 
 
 class Said:
-    """Stands in for NumPy's objects in a pickle and keeps what is said of them: NumPy would trust it."""
+    """Stands in for NumPy's objects in a pickle and keeps what is said of them, which NumPy would trust."""
 
     def __init__(self, *said):
         self.said = said
@@ -606,7 +608,7 @@ class Said:
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Arrays, numbers, strings and plain containers; what else a pickle asks for is refused, unexecuted."""
+    """Arrays, numbers, strings and plain containers; anything else is refused, not run."""
 
     known: ClassVar = {
         "numpy.dtype": Said, "numpy.ndarray": Said, "numpy._core.multiarray._reconstruct": Said,
@@ -782,10 +784,7 @@ class Numpy:
         for path in self.files:
             with explained(f"{path} can't be imported"):
                 episodes += to_episodes(read_numpy(path), spaces, False, notes)
-        spec = copy.deepcopy(env.spec)
-        if callable(spec.entry_point):  # a dataset holds its name
-            spec.entry_point = f"{spec.entry_point.__module__}:{spec.entry_point.__qualname__}"
-        write_dataset(self.out, self.dataset_id, episodes, spaces, (spec, spec), reward_scale=1.0,
+        write_dataset(self.out, self.dataset_id, episodes, spaces, (env.spec, env.spec), reward_scale=1.0,
                       reward_bias=0.0, ref_min_score=self.ref_min_score, ref_max_score=self.ref_max_score,
                       description=f"Episodes of {self.env_id}.", notes=notes)  # fmt: skip
 

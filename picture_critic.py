@@ -1,14 +1,14 @@
 """Draws what a critic says of the actions around its policy: what SMAC's score term does, in one figure.
 
 The maximum-entropy optimum is pi*(a|s) ~ exp(Q*(s,a) / alpha). So for a few recorded states, and along one
-action dimension (the others stay at the policy's mode), this draws
+action dimension (the others stay at tanh(mean)), this draws
 
     exp(Q(s,a) / alpha)     the policy that the critic asks for
     pi(a|s)                 the policy that there is
     recorded actions        of the 100 recorded states nearest to s, good and bad
 
 and below them two rows of arrows, grad_a Q(s,a) / alpha and the score grad_a log p(a|s,w) of the first
-checkpoint that has a score estimator, at the w that it asked for. SMAC's offline phase makes them agree.
+checkpoint that has a score estimator, at the w that its critic was given; SMAC makes them agree offline.
 
     python picture_critic.py results/checkpoints/hopper-medium_smac_offline.pt
     python picture_critic.py runs/ONE/offline.pt runs/ONE/final.pt runs/OTHER/offline.pt --labels A B C
@@ -41,7 +41,7 @@ class Args:
     labels: tuple[str, ...] = ()  # titles of the columns; default: script, phase and step
     states: int = 3  # recorded states, a row each
     seed: int = 1  # draws the states
-    action: int = 0  # the action dimension along which to look; the others stay at the policy's mode
+    action: int = 0  # the action dimension along which to look; the others stay at tanh(mean)
     out: Path = Path("runs/critic.png")  # file of the picture
 
 
@@ -77,7 +77,7 @@ LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0  # CleanRL, sac_continuous_action.py
 
 
 def squashed_gaussian_log_prob(u: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """log density of a = tanh(u), u ~ N(mean, std^2), from u, never from atanh(a). (B, A) -> (B,).
+    """log density of a = tanh(u), u ~ N(mean, std^2), given u. (B, A) -> (B,).
 
     sum_k [log N(u_k; mean_k, std_k) - log(1 - tanh(u_k)^2)], the last as 2 (log 2 - u - softplus(-2u)).
     """

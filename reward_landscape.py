@@ -68,7 +68,7 @@ class Line(Common):
     checkpoints: tyro.conf.Positional[tuple[Path, ...]]  # OFFLINE ONLINE, and more such pairs
     labels: tuple[str, ...] = ()  # one a pair, pairs of one label make one curve; default: the scripts' names
     points: int = 21  # policies from x = 0 to x = 1, both included
-    beyond: float = 0.1  # how far the line goes on behind both ends
+    beyond: float = 0.1  # how far the line goes beyond both ends
     align: bool = False  # match the hidden units of each pair first
 
 
@@ -78,18 +78,16 @@ class Plane(Common):
 
     checkpoints: tyro.conf.Positional[tuple[Path, ...]]  # A B C, or A B
     grid: int = 15  # policies along each side
-    margin: float = 0.2  # how far the plane goes on around the checkpoints, as a share of its extent
+    margin: float = 0.2  # how far the plane goes beyond the checkpoints, as a share of its extent
     seed: int = 1  # seed of the random direction
-    align: bool = False  # match the hidden units of all others to A's first
+    align: bool = False  # first match all others' hidden units to A's
 
 
 @dataclass(kw_only=True)
 class Way(Common):
     """Checkpoints along their first two principal components, those of one folder connected."""
 
-    checkpoints: tyro.conf.Positional[
-        tuple[Path, ...]
-    ]  # three or more, those of each folder in the order of its way
+    checkpoints: tyro.conf.Positional[tuple[Path, ...]]  # three or more, a folder's in the order to connect
 
 
 # === Tasks and data ========================================================================================
@@ -127,10 +125,11 @@ def load_task(dataset_id: str) -> Task:
         dataset = minari.MinariDataset(bundled) if bundled.exists() else minari.load_dataset(dataset_id)
         scores = [dataset.storage.metadata.get(name) for name in ("ref_min_score", "ref_max_score")]
         if None in scores:  # then the data's own range, as in the training scripts
-            returns = [float(episode.rewards.sum()) for episode in dataset.iterate_episodes()]
+            last = dataset.storage.metadata.get("return") == "last reward"
+            returns = [float(e.rewards[-1] if last else e.rewards.sum()) for e in dataset.iterate_episodes()]
             scores = [s if s is not None else end(returns) for s, end in zip(scores, (min, max))]
     except Exception as error:  # Minari and h5py raise many kinds
-        fail(f"dataset {dataset_id!r}, which knows the environment, can't be read ({error}): "
+        fail(f"dataset {dataset_id!r}, with the environment, can't be read ({error}): "
              "fetch it with a training script's --download")  # fmt: skip
     return Task(dataset, *scores)
 
@@ -214,7 +213,7 @@ def check_alike(policies: list[Policy]) -> None:
         if sizes != others:
             fail(f"{both}: their hidden sizes are {sizes} and {others}")
         if not all(np.array_equal(first.net[key], other.net[key]) for key in ("mean", "std")):
-            fail(f"{both}: their observation statistics differ, they were trained on other recordings")
+            fail(f"{both}: their observation statistics differ, they were trained on two recordings")
 
 
 # === Directions ============================================================================================
@@ -419,7 +418,7 @@ def draw_line(args: Line) -> None:
     labels = args.labels or [b.state["script"] for _, b in pairs]
     figure, rows, ends = Figure((9, 5), layout="constrained"), [], []
     axes = figure.subplots()
-    print("valley depth in normalised score, ± over episodes; of several pairs over the pairs")
+    print("valley depth in normalised score, ± over episodes, or over pairs if several")
     for number, label in enumerate(dict.fromkeys(labels)):
         of, depths, color = [k for k, name in enumerate(labels) if name == label], [], COLOURS[number % 7]
         for (a, b), s, r in ((pairs[k], scores[k], returns[k]) for k in of):
@@ -431,8 +430,7 @@ def draw_line(args: Line) -> None:
             if depth > 2 * error:
                 axes.plot(x[low], least, "v", ms=10, color=color)  # a valley, and no luck of the episodes
             pair = dict(label=label, aligned=args.align, depth=depth, depth_error=error)
-            pair["unit"] = "normalised score"
-            pair |= {f"offline_{key}": value for key, value in a.origin().items()}
+            pair |= {"unit": "normalised score"} | {f"offline_{k}": v for k, v in a.origin().items()}
             pair |= {f"online_{key}": value for key, value in b.origin().items()}
             rows += [pair | {"x": t} | measured(r[k], s[k]) for k, t in enumerate(x)]
         curves = scores[of].mean(axis=2)  # (pairs, K)
@@ -522,13 +520,15 @@ def draw_way(args: Way) -> None:
 
 # === Main ==================================================================================================
 
-
 PICTURES = {"line": (Line, draw_line), "plane": (Plane, draw_plane), "path": (Way, draw_way)}
 
 
 def read_arguments() -> Line | Plane | Way:
     kinds = [Annotated[kind, tyro.conf.subcommand(name)] for name, (kind, _) in PICTURES.items()]
     args = tyro.cli(Union[tuple(kinds)], description=__doc__)  # noqa: UP007 (made of a list)
+    for name, least in dict(points=2, beyond=0, grid=2, margin=0, episodes=1, workers=1).items():
+        if getattr(args, name, least) < least:
+            fail(f"--{name} {getattr(args, name)} is too little: at least {least} is needed")
     count = len(args.checkpoints)
     if isinstance(args, Line) and (count == 0 or count % 2):
         fail(f"a line goes from one checkpoint to another: {count} are not pairs")

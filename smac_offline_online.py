@@ -16,8 +16,7 @@ rest. Online it is plain SAC on the same networks. The published form: docs/smac
     python smac_offline_online.py --env-id mujoco/hopper/medium-v0 --download    # any flat Minari dataset
     python smac_offline_online.py --resume runs/NAME                 # go on with a run that was stopped
 
-Writes runs/NAME/: config.json, a copy of this script, metrics.csv, offline.pt, last.pt (every 5 minutes),
-final.pt, learning_curve.png and TensorBoard events.
+Writes runs/NAME/: metrics.csv, offline.pt, last.pt, final.pt, learning_curve.png and TensorBoard events.
 """
 
 import difflib
@@ -128,11 +127,10 @@ class Dataset:
     """A Minari recording as float32 arrays (T, ...), actions in [-1, 1]; `download` allows the network."""
 
     def __init__(self, dataset_id: str, download: bool = False):
-        bundled = Path(__file__).resolve().parent / "datasets"
-        if (bundled / dataset_id / "data").exists():
-            os.environ["MINARI_DATASETS_PATH"] = str(bundled)
+        bundled = Path(__file__).resolve().parent / "datasets" / dataset_id / "data"
+        here = bundled.exists()
         try:
-            self.minari = minari.load_dataset(dataset_id, download)
+            self.minari = minari.MinariDataset(bundled) if here else minari.load_dataset(dataset_id, download)
             episodes = list(self.minari.iterate_episodes())
         except Exception as error:  # Minari, h5py and the network raise many kinds
             near = difflib.get_close_matches(dataset_id, [*TASKS, *minari.list_local_datasets()], 3, 0.0)
@@ -184,10 +182,12 @@ def returns_to_go(rewards: np.ndarray, terminations: np.ndarray, ends: np.ndarra
 
 def make_env(data: Dataset, eval_env: bool = False) -> gym.Env:
     """The recording's environment, in the wrappers that its spec names, with actions in [-1, 1]."""
-    env = data.minari.recover_environment(eval_env)
-    one = np.ones(env.action_space.shape, np.float32)
-    unit = (env.action_space.low == -one).all() and (env.action_space.high == one).all()
-    return env if unit else gym.wrappers.RescaleAction(env, -one, one)
+    try:
+        env = data.minari.recover_environment(eval_env)
+    except Exception as error:  # no spec, or its package is missing
+        fail(f"the environment of {data.minari.id} can't be made (is its package in PYTHONPATH?): {error}")
+    unit = (env.action_space.low == -1).all() and (env.action_space.high == 1).all()
+    return env if unit else gym.wrappers.RescaleAction(env, -1.0, 1.0)
 
 
 class ReplayBuffer(nn.Module):
@@ -259,7 +259,7 @@ class MLP(nn.Module):
 
 
 def squashed_gaussian_log_prob(u: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """log density of a = tanh(u), u ~ N(mean, std^2), from u, never from atanh(a). (B, A) -> (B,).
+    """log density of a = tanh(u), u ~ N(mean, std^2), given u. (B, A) -> (B,).
 
     sum_k [log N(u_k; mean_k, std_k) - log(1 - tanh(u_k)^2)], the last as 2 (log 2 - u - softplus(-2u)).
     """
@@ -544,7 +544,8 @@ class Run:
         if not args.resume:
             self.directory.mkdir(parents=True)
             shutil.copy(__file__, self.directory)
-            config = dict(args=asdict(args), dataset_id=self.dataset_id, torch=torch.__version__)
+            config = dict(args=asdict(args), dataset_id=self.dataset_id, device=self.device,
+                          torch=torch.__version__)  # fmt: skip
             (self.directory / "config.json").write_text(json.dumps(config, indent=2))
         self.writer = SummaryWriter(self.directory)
         print(f"run directory: {self.directory}")

@@ -129,6 +129,14 @@ def test_bundled_data_gives_returns_and_scores(benchmark):
         benchmark.load_recording("no/such-v0")
 
 
+def test_a_return_is_the_last_reward_where_the_data_say_so(benchmark, monkeypatch):
+    episodes = [SimpleNamespace(rewards=np.float32([1, 2, 3])), SimpleNamespace(rewards=np.float32([1, 1]))]
+    data = SimpleNamespace(iterate_episodes=lambda: episodes,
+                           storage=SimpleNamespace(metadata={"return": "last reward"}))  # fmt: skip
+    monkeypatch.setattr(benchmark.minari, "load_dataset", lambda name: data)
+    assert benchmark.load_recording("my/kitchen-v0").returns.tolist() == [3, 1]
+
+
 # === Running ===============================================================================================
 
 # A script that leaves what the real ones leave, at once; it notes how it was called in --log.
@@ -166,7 +174,7 @@ def study(benchmark, recording, tmp_path, monkeypatch):
     (tmp_path / "fake.py").write_text(SCRIPT)
     torch.save(dict(script="fake"), tmp_path / "fake.pt")
     monkeypatch.setattr(benchmark, "ROOT", tmp_path)
-    log, folder = tmp_path / "log", tmp_path / "study"
+    log, folder = tmp_path / "log", tmp_path / "my study"  # a blank in the path is no end of a word
 
     def write(**variants):
         line = '"{0}" = "fake.py --log {1} --name {0} {2}"'
@@ -199,6 +207,21 @@ def test_a_run_leaves_its_csv_and_its_checkpoints(study, capsys):
     assert "| 1 | 40.0 | 34.9 | 5.1 | 5.1 | 0.949 | 0 of 1 |" in text
 
 
+def test_a_task_may_be_a_minari_id(benchmark, study):
+    study.write(a="")
+    plan = study.folder / "plan.toml"
+    plan.write_text(plan.read_text().replace("[task]", '["my/own-v0"]'))
+    benchmark.run_study(benchmark.RunArgs(study.folder))
+    assert (study.folder / "my-own-v0" / "a__1.csv").exists()
+    assert list(benchmark.read_study(benchmark.ReportArgs(study.folder)).task) == ["my-own-v0"]
+
+
+def test_results_are_kept_where_there_is_no_git(study, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    study.run(a="")
+    assert pd.read_csv(study.csv).code[0] == "unknown"
+
+
 def test_one_offline_run_serves_many_and_comes_first(study):
     log = study.run(b=TAKE, c=TAKE, a="", settings=dict(seeds=(2, 3), workers=4))
     assert sorted(log) == ["a 2", "a 3", *(f"{v} {s} a__{s}_offline.pt" for v in "bc" for s in (2, 3))]
@@ -214,7 +237,7 @@ def test_what_is_done_is_not_run_again(study, capsys):
         study.run(a="", b=TAKE, settings=dict(variants=("zz",)))
     capsys.readouterr()
     assert study.run(a="--kappa 2", b=TAKE) == []  # nothing is overwritten, but it is said
-    assert f"1 csvs were made with other flags than the plan's, as {study.csv}" in capsys.readouterr().out
+    assert f"1 csvs have other flags than the plan's, such as {study.csv}" in capsys.readouterr().out
     study.csv.unlink()
     assert study.run(a="--kappa 2", b=TAKE) == ["a 1"]
 

@@ -198,3 +198,14 @@ def test_samples_are_uniform_over_the_filled_rows(smac):
     rows = buffer.sample_rows(4_000)
     counts = torch.bincount(rows[:, 0].long(), minlength=5)
     assert counts[0] == 0 and (counts[1:] - 1000).abs().max() < 110  # four standard deviations
+
+
+def test_an_environment_that_cannot_be_made_is_one_sentence(smac):
+    def recover_environment(eval_env):
+        raise ModuleNotFoundError("No module named 'reach'")
+
+    data = SimpleNamespace(minari=SimpleNamespace(id="me/reach-v0", recover_environment=recover_environment))
+    with pytest.raises(
+        SystemExit, match="environment of me/reach-v0 can't be made .* No module named 'reach'"
+    ):
+        smac.make_env(data)
