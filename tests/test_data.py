@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import minari
@@ -205,7 +206,5 @@ def test_an_environment_that_cannot_be_made_is_one_sentence(smac):
         raise ModuleNotFoundError("No module named 'reach'")
 
     data = SimpleNamespace(minari=SimpleNamespace(id="me/reach-v0", recover_environment=recover_environment))
-    with pytest.raises(
-        SystemExit, match="environment of me/reach-v0 can't be made .* No module named 'reach'"
-    ):
+    with pytest.raises(SystemExit, match=r"of me/reach-v0 can't be made .* No module named 'reach'"):
         smac.make_env(data)
