@@ -402,6 +402,41 @@ def test_pages_show_what_the_csvs_say(benchmark, comparison):
     assert 5 < len(rows) <= 10 and not [row for row in rows if row not in text]
 
 
+def test_findings_say_what_the_csvs_say(comparison):
+    """The numbers of the README's findings, each in its sentence."""
+    _, runs = comparison
+    right_after = lambda rows: rows[(rows.phase == "online") & rows.updates.between(1, 2_000)].score.min()
+    runs = runs.assign(lowest=runs.rows.map(right_after))  # single evaluations
+    means = runs.groupby(["task", "variant"])[["offline", "drop", "final", "regret"]].mean()
+    hopper, replay = "hopper-medium", "hopper-medium-replay"
+
+    def of(task, measure, *variants, digits=0):
+        return [f"{means.loc[(task, name), measure]:.{digits}f}" for name in variants]
+
+    def single(variant):
+        return runs[(runs.task == hopper) & (runs.variant == variant)].lowest
+
+    claims = [
+        "SMAC scores {}; without the term {}, with a zero score {}.".format(
+            *of(hopper, "offline", "smac", "no-term", "zero")),
+        "Cloning has {}, ACA {}, IQL {} and Cal-QL {}.".format(
+            *of(hopper, "offline", "cloning", "aca", "iql", "calql")),
+        "scores {} points less".format(*of(hopper, "drop", "smac+sac")),
+        f"no evaluation is below {single('smac+sac').min():.0f}.",
+        f"Cal-QL falls to {single('calql+sac').min():.0f} with {(single('calql+sac') < 10).sum()} of 5 seeds",
+        f"IQL below 10 with {(single('iql+sac') < 10).sum()};",
+        "regret is {} for SMAC, {} for Cal-QL and {} for IQL.".format(
+            *of(hopper, "regret", "smac+sac", "calql+sac", "iql+sac", digits=2)),
+        "lowest for Cal-QL continued by TD3 ({}) and for IQL by itself ({})".format(
+            *of(hopper, "regret", "calql+td3", "iql", digits=2)),
+        "from {} to {}".format(*of(replay, "offline", "smac"), *of(replay, "final", "smac+sac")),
+        "with a regret of {}. Cal-QL's is {}, IQL's {}; without the score term it is {}".format(
+            *of(replay, "regret", "smac+sac", "calql+sac", "iql+sac", "no-term+sac", digits=2)),
+    ]  # fmt: skip
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert not [claim for claim in claims if claim not in text]
+
+
 @pytest.mark.parametrize("plan", sorted(ROOT.glob("results/*/plan.toml")), ids=lambda path: path.parent.name)
 def test_plans_name_flags_that_their_scripts_have(benchmark, plan):
     jobs = benchmark.plan_jobs(benchmark.RunArgs(plan.parent)).values()
