@@ -36,7 +36,7 @@ from functools import lru_cache
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, NamedTuple, Union
+from typing import NamedTuple
 
 import gymnasium as gym
 import minari
@@ -434,25 +434,25 @@ def draw_line(args: Line) -> None:
             pair |= {f"online_{key}": value for key, value in b.origin().items()}
             rows += [pair | {"x": t} | measured(r[k], s[k]) for k, t in enumerate(x)]
         curves = scores[of].mean(axis=2)  # (pairs, K)
-        mean, band = curves.mean(axis=0), standard_error(curves.T if len(of) > 1 else scores[of[0]])
+        mean = curves.mean(axis=0)
         if len(of) > 1:
             error = float(standard_error(np.array(depths)))
             axes.plot(x, curves.T, color=color, lw=0.8, alpha=0.5)
             print(f"{label}, {len(of)} pairs: valley depth {amount(np.mean(depths), error)}")
+        else:
+            e = standard_error(scores[of[0]])
+            axes.fill_between(x, mean - e, mean + e, color=color, alpha=0.2, lw=0)
         seeds = ", ".join(str(pairs[k][1].origin()["seed"]) for k in of)
         ends.append((mean[-1], f"{label} (seed {seeds})\nvalley {amount(np.mean(depths), error)}", color))
         axes.plot(x, mean, color=color, lw=2)
-        axes.fill_between(x, mean - band, mean + band, color=color, alpha=0.2, lw=0)
     place = -math.inf
     for end, name, color in sorted(ends):  # labels at the lines' ends, pushed up where they would overlap
         place = max(end, place + 9)
-        style = dict(textcoords="offset points", color=color, va="center", fontsize=9)
-        axes.annotate(name, (x[-1], place), (12, 0), **style)
-    for end in (0, 1):
-        axes.axvline(end, color="black", ls="--", lw=1)
-    axes.margins(x=0)
-    axes.set_xlabel("x, on the straight line from the first checkpoint (0) to the second (1)")
-    axes.set_ylabel(args.label())
+        look = dict(textcoords="offset points", color=color, va="center", size=9)
+        axes.annotate(name, (x[-1], place), (12, 0), **look)
+    axes.vlines((0, 1), *axes.get_ylim(), color="black", ls="--", lw=1)
+    axes.margins(0)
+    axes.set(ylabel=args.label(), xlabel="x, on the line from the first checkpoint (0) to the second (1)")
     save(args, "line", figure, rows, policies)
 
 
@@ -524,8 +524,8 @@ PICTURES = {"line": (Line, draw_line), "plane": (Plane, draw_plane), "path": (Wa
 
 
 def read_arguments() -> Line | Plane | Way:
-    kinds = [Annotated[kind, tyro.conf.subcommand(name)] for name, (kind, _) in PICTURES.items()]
-    args = tyro.cli(Union[tuple(kinds)], description=__doc__)  # noqa: UP007 (made of a list)
+    kinds = {name: kind for name, (kind, _) in PICTURES.items()}
+    args = tyro.extras.subcommand_cli_from_dict(kinds, description=__doc__)
     for name, least in dict(points=2, beyond=0, grid=2, margin=0, episodes=1, workers=1).items():
         if getattr(args, name, least) < least:
             fail(f"--{name} {getattr(args, name)} is too little: at least {least} is needed")
