@@ -421,13 +421,14 @@ def test_findings_say_what_the_csvs_say(comparison):
             *of(hopper, "offline", "smac", "no-term", "zero")),
         "Cloning has {}, ACA {}, IQL {} and Cal-QL {}.".format(
             *of(hopper, "offline", "cloning", "aca", "iql", "calql")),
-        "scores {} points less".format(*of(hopper, "drop", "smac+sac")),
-        f"no evaluation is below {single('smac+sac').min():.0f}.",
+        "It scores {} points less".format(*of(hopper, "drop", "smac+sac")),
+        "ends at {}.".format(*of(hopper, "final", "smac+sac")),
+        f"no evaluation there is below {int(single('smac+sac').min())},",
         f"Cal-QL falls to {single('calql+sac').min():.0f} with {(single('calql+sac') < 10).sum()} of 5 seeds",
-        f"IQL below 10 with {(single('iql+sac') < 10).sum()};",
-        "regret is {} for SMAC, {} for Cal-QL and {} for IQL.".format(
+        f"IQL below 10 with {(single('iql+sac') < 10).sum()}.",
+        "SAC it is {} for SMAC, {} for Cal-QL and {} for IQL.".format(
             *of(hopper, "regret", "smac+sac", "calql+sac", "iql+sac", digits=2)),
-        "lowest for Cal-QL continued by TD3 ({}) and for IQL by itself ({})".format(
+        "lowest for Cal-QL continued by TD3 ({}) and for IQL by itself ({}).".format(
             *of(hopper, "regret", "calql+td3", "iql", digits=2)),
         "from {} to {}".format(*of(replay, "offline", "smac"), *of(replay, "final", "smac+sac")),
         "with a regret of {}. Cal-QL's is {}, IQL's {}; without the score term it is {}".format(
