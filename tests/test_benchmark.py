@@ -402,6 +402,15 @@ def test_pages_show_what_the_csvs_say(benchmark, comparison):
     assert 5 < len(rows) <= 10 and not [row for row in rows if row not in text]
 
 
+@pytest.mark.parametrize("study, page", [("smac", "smac"), ("handover", "smac"), ("tuning", "tuning")])
+def test_pages_of_tuning_show_what_the_csvs_say(benchmark, tmp_path, study, page):
+    folder = shutil.copytree(ROOT / "results" / study, tmp_path / study)
+    args = benchmark.ReportArgs(folder, brief=True)
+    text = benchmark.plain_report(args, benchmark.read_study(args))
+    shown = (ROOT / "results" / page / "README.md").read_text()
+    assert not [row for row in text.splitlines() if row.startswith("|") and row not in shown]
+
+
 def test_findings_say_what_the_csvs_say(comparison):
     """The numbers of the README's findings, each in its sentence."""
     _, runs = comparison
