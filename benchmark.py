@@ -324,6 +324,8 @@ def run_study(args: RunArgs) -> None:
     args.folder = args.folder.parent if args.folder.suffix == ".toml" else args.folder
     if args.scripts:
         write_grid(args)
+    if args.workers < 1:
+        fail(f"--workers {args.workers}: at least 1 is needed")
     jobs = plan_jobs(args)
     known = {name: None for job in jobs.values() for name in (job.task, job.variant)}
     if unknown := [name for name in (*args.env_ids, *args.variants) if name not in known]:

@@ -110,6 +110,8 @@ class Column:
 
     def __init__(self, path: Path):
         state = load_checkpoint(path)
+        if "agent" not in state.get("parts", {}):
+            fail(f"{path} holds no networks of these scripts: take an offline.pt or final.pt")
         self.agent, self.args, self.dataset_id = state["parts"]["agent"], state["args"], state["dataset_id"]
         self.title = f"{state['script']}\n{state['phase']} {state['step']:,}"
         if not self.part("critic.net") or not self.part("actor.net"):
@@ -203,6 +205,8 @@ def draw(args: Args) -> Figure:
     observations, actions = load_transitions(columns[0].dataset_id)
     if not 0 <= args.action < actions.shape[1]:
         fail(f"--action {args.action}: the actions have {actions.shape[1]} dimensions, from 0")
+    if not 1 <= args.states <= len(observations) or args.seed < 0:
+        fail(f"--states {args.states} --seed {args.seed}: 1 to {len(observations):,} states, a seed from 0")
     indices = np.random.default_rng(args.seed).choice(len(observations), args.states, replace=False)
     scorer = next((column for column in columns if column.scores), None)
     size = (1.6 + 2.8 * len(columns), 1.2 + 1.7 * args.states)

@@ -235,6 +235,8 @@ def test_what_is_done_is_not_run_again(study, capsys):
     assert study.run(a="", b=TAKE, c="", settings=dict(seeds=(4,), variants=("c",))) == ["c 4"]
     with pytest.raises(SystemExit, match="zz is not in the plan, which has task, a, b"):
         study.run(a="", b=TAKE, settings=dict(variants=("zz",)))
+    with pytest.raises(SystemExit, match="--workers 0: at least 1 is needed"):
+        study.run(a="", settings=dict(workers=0))
     capsys.readouterr()
     assert study.run(a="--kappa 2", b=TAKE) == []  # nothing is overwritten, but it is said
     assert f"1 csvs have other flags than the plan's, such as {study.csv}" in capsys.readouterr().out

@@ -69,12 +69,15 @@ def test_what_it_refuses_is_one_sentence(picture, tmp_path):
     state = torch.load(CHECKPOINTS[0], weights_only=True)
     state["parts"]["agent"] = {k: x for k, x in state["parts"]["agent"].items() if "critic" not in k}
     torch.save(state, tmp_path / "aligned.pt")
+    torch.save({"model": 1}, tmp_path / "other.pt")
     for change, says in [
         (dict(checkpoints=()), "all of the same task"),
         (dict(checkpoints=(CHECKPOINTS[0], other)), "all of the same task"),
         (dict(checkpoints=(tmp_path / "aligned.pt",)), "no actor and critics of the common form"),
         (dict(labels=("a", "b")), "2 labels for 1 checkpoints"),
         (dict(action=1), "the actions have 1 dimensions"),
+        (dict(states=0), "1 to 15,200 states"),
+        (dict(checkpoints=(tmp_path / "other.pt",)), "holds no networks of these scripts"),
     ]:
         with pytest.raises(SystemExit, match=says):
             picture.draw(picture.Args(**dict(checkpoints=(CHECKPOINTS[0],)) | change))
