@@ -120,7 +120,9 @@ def parse_args() -> Args:
         if saved.keys() != asdict(given).keys():
             fail(f"{given.resume} is a run of another script, or of another version of this one: start again")
         return Args(**saved | {"resume": given.resume, "device": given.device})
-    saved = load_checkpoint(Path(given.checkpoint))["args"] if given.checkpoint else {}
+    saved = load_checkpoint(Path(given.checkpoint)).get("args") if given.checkpoint else {}
+    if saved is None:
+        fail(f"{given.checkpoint} was not written by one of these scripts: take an offline.pt or a final.pt")
     own = {name: saved[name] for name in FROM_CHECKPOINT if name in saved}
     settings = TASKS.get(tyro.cli(Args, default=Args(**own)).env_id, ("", {}))[1] | own
     return tyro.cli(Args, description=__doc__, default=Args(**settings))

@@ -321,3 +321,6 @@ def test_checkpoints_that_are_taken_and_refused(aca, start, tmp_path):
     hopper = ROOT / "results" / "checkpoints" / "hopper-medium_smac_offline.pt"
     refused = inside(aca, f"--checkpoint {hopper} --env-id pendulum-medium-replay", tmp_path / "misfit")
     assert "doesn't fit" in refused.code
+    torch.save({"weight": torch.zeros(1)}, foreign := tmp_path / "foreign.pt")
+    for script in (aca, sac):
+        assert "was not written by" in inside(script, f"--checkpoint {foreign}", tmp_path / "foreign").code
