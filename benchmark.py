@@ -560,9 +560,9 @@ def estimate(statistic: Callable, strata: list[np.ndarray]) -> tuple[float, floa
 def statistics_report(args: ReportArgs, runs: pd.DataFrame) -> str:
     """Tables with bootstrap intervals for every task and over tasks; statistics.md, .csv and curves.png.
 
-    For every task: by how much a variant's regret lies below that of `--against`. Over tasks: interquartile
-    mean and probability of improvement (Agarwal et al. 2021, arXiv 2108.13264) of the variants that every
-    task has, with the seeds that they have on every task.
+    For every task: by how much a variant's regret lies below that of `--against`, if that is above 0.01. Over
+    tasks: interquartile mean and probability of improvement (Agarwal et al. 2021, arXiv 2108.13264) of the
+    variants that every task has, with the seeds that they have on every task.
     """
     text, found = "", []
 
@@ -589,7 +589,7 @@ def statistics_report(args: ReportArgs, runs: pd.DataFrame) -> str:
             row = {"variant": variant, "seeds": " ".join(map(str, group.seed))}
             for m, (title, _) in MEASURES.items():
                 row[title] = interval(task, variant, m, "mean", mean, column(group, m))
-            ours = column(group, "regret") if theirs and variant != against else []
+            ours = column(group, "regret") if theirs and mean(*theirs) > 0.01 and variant != against else []
             shown = interval(task, variant, "regret", f"below {against}", reduction, ours, theirs, 2)
             rows.append(row | {f"share of {against}'s regret saved": shown})
         text += f"### {task}\n\n{markdown(rows)}\n"
@@ -648,7 +648,7 @@ def draw_curves(path: Path, runs: pd.DataFrame) -> None:
     runs = runs[runs.label.isin([*dict.fromkeys(runs.label)][: len(COLOURS)])]
     tasks, tuners, labels = ([*dict.fromkeys(runs[name])] for name in ("task", "tuner", "label"))
     figure = Figure(figsize=(1 + 4 * len(tuners), 0.5 + 2.5 * len(tasks)), layout="constrained")
-    panels = figure.subplots(len(tasks), len(tuners), squeeze=False, sharex="col", sharey="row")
+    panels = figure.subplots(len(tasks), len(tuners), squeeze=False, sharex="row", sharey="row")
     for (task, tuner), group in runs.groupby(["task", "tuner"]):
         axes, ends = panels[tasks.index(task), tuners.index(tuner)], []
         for label, mine in group.groupby("label", sort=False):

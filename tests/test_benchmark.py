@@ -375,6 +375,9 @@ def test_the_statistics_by_hand(benchmark, results, capsys):
     assert (results / "curves.png").stat().st_size > 5_000
     with pytest.raises(SystemExit, match="--against takes a variant with final scores, and c is"):
         benchmark.report(benchmark.ReportArgs(results, statistics=True, against="c"))
+    args = benchmark.ReportArgs(results, statistics=True, against="b")
+    benchmark.statistics_report(args, benchmark.read_study(args).assign(regret=0.001))
+    assert "below b" not in (results / "statistics.csv").read_text()  # a share of nothing
 
 
 def test_a_curve_goes_on_where_the_offline_one_ends(benchmark, results, monkeypatch):
