@@ -451,7 +451,7 @@ def read_study(args: ReportArgs) -> pd.DataFrame:
 
 # measure: (its name in tables, digits)
 MEASURES = {"offline": ("offline score", 1), "drop": ("drop", 1), "lowest": ("lowest", 1),
-            "final": ("final score", 1), "regret": ("regret", 3)}  # fmt: skip
+            "final": ("final score", 1), "regret": ("regret", 2)}  # fmt: skip
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
@@ -532,13 +532,6 @@ def interquartile_mean(*strata: np.ndarray, axis: int = -1) -> np.ndarray:
     return trim_mean(np.concatenate(strata, axis), 0.25, axis)
 
 
-def improvement(*strata: np.ndarray, axis: int = -1) -> np.ndarray:
-    """P(X > Y): mean over tasks of the share of pairs with x > y, ties one half; X of each task, then Y."""
-    ours, theirs = strata[: len(strata) // 2], strata[len(strata) // 2 :]
-    pairs = [(x[..., :, None], y[..., None, :]) for x, y in zip(ours, theirs)]
-    return np.mean([((x > y) + 0.5 * (x == y)).mean(axis=(-2, -1)) for x, y in pairs], axis=0)
-
-
 def reduction(ours: np.ndarray, theirs: np.ndarray, axis: int = -1) -> np.ndarray:
     """By which share the mean of ours (..., n) lies below that of theirs (..., m)."""
     return 1 - ours.mean(axis) / theirs.mean(axis)
@@ -561,10 +554,10 @@ def statistics_report(args: ReportArgs, runs: pd.DataFrame) -> str:
     """Tables with bootstrap intervals for every task and over tasks; statistics.md, .csv and curves.png.
 
     For every task: by how much a variant's regret lies below that of `--against`, if that is above 0.01. Over
-    tasks: interquartile mean and probability of improvement (Agarwal et al. 2021, arXiv 2108.13264) of the
+    tasks: regrets side by side, and interquartile means (Agarwal et al. 2021, arXiv 2108.13264) of the
     variants that every task has, with the seeds that they have on every task.
     """
-    text, found = "", []
+    text, found, regrets = "", [], {}
 
     def column(group: pd.DataFrame, measure: str) -> list[np.ndarray]:
         """The runs as a stratum for each task; [] where one of them has no such value."""
@@ -592,24 +585,25 @@ def statistics_report(args: ReportArgs, runs: pd.DataFrame) -> str:
             ours = column(group, "regret") if theirs and mean(*theirs) > 0.01 and variant != against else []
             shown = interval(task, variant, "regret", f"below {against}", reduction, ours, theirs, 2)
             rows.append(row | {f"share of {against}'s regret saved": shown})
+            if row["regret"]:
+                blank = {"regret": variant} | dict.fromkeys(runs.task.unique(), "")
+                regrets.setdefault(variant, blank)[task] = row["regret"]
         text += f"### {task}\n\n{markdown(rows)}\n"
     if against:
         draw_curves(args.folder / "curves.png", runs)
 
-    count, shared, rows = runs.task.nunique(), {}, []
+    count, rows = runs.task.nunique(), []
     for variant, group in runs.groupby("variant", sort=False):
         group = group[group.groupby("seed").task.transform("nunique") == count]
-        shared |= {variant: group} if len(group) else {}
-    for variant, group in shared.items():
+        if group.empty:
+            continue
         row = {"variant": variant, "tasks": str(count), "seeds": " ".join(map(str, sorted({*group.seed})))}
         for m in MEASURES:
             strata = column(group, m)
             row[f"{MEASURES[m][0]}, IQM"] = interval("all", variant, m, "IQM", interquartile_mean, strata)
-        theirs = column(shared[against], "final") if against in shared else []
-        ours = column(group, "final") if theirs and variant != against else []
-        shown = interval("all", variant, "final", f"P(above {against})", improvement, ours, theirs, 2)
-        rows.append(row | {f"P(final score above {against}'s)": shown})
+        rows.append(row)
     text += f"### All tasks\n\n{markdown(rows)}\n" if rows else ""
+    text += f"### Regret\n\n{markdown([*regrets.values()])}\n" if regrets else ""
     (args.folder / "statistics.md").write_text(text)
     write_csv(args.folder / "statistics.csv", pd.DataFrame(found))
     return text
