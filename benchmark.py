@@ -659,9 +659,10 @@ def draw_curves(path: Path, runs: pd.DataFrame) -> None:
             ends.append((curve.iloc[-1], label))
         axes.axvline(0, color="black", ls=":", lw=1)
         axes.axhline(group.mean_of_data.iloc[0], color="gray", ls=":", lw=1)
-        place = -math.inf
-        for end, label in sorted(ends):  # labels at the lines' ends, pushed upwards where they would overlap
-            place = max(end, place + 6)
+        axes.margins(x=0)
+        place = math.inf
+        for end, label in sorted(ends, reverse=True):  # labels at the lines' ends, lower where they would meet
+            place = min(end, place - 7)
             style = dict(color=COLOURS[labels.index(label)], va="center", fontsize=8)
             axes.annotate(label, (x.max(), place), (4, 0), textcoords="offset points", **style)
     for axes in (axes for axes in panels.flat if not axes.lines):
