@@ -661,7 +661,7 @@ def draw_curves(path: Path, runs: pd.DataFrame) -> None:
         axes.axhline(group.mean_of_data.iloc[0], color="gray", ls=":", lw=1)
         axes.margins(x=0)
         place = math.inf
-        for end, label in sorted(ends, reverse=True):  # labels at the lines' ends, lower where they would meet
+        for end, label in sorted(ends, reverse=True):  # labels at the lines' ends, lower where two meet
             place = min(end, place - 7)
             style = dict(color=COLOURS[labels.index(label)], va="center", fontsize=8)
             axes.annotate(label, (x.max(), place), (4, 0), textcoords="offset points", **style)
