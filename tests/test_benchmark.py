@@ -451,7 +451,7 @@ def test_findings_say_what_the_csvs_say(benchmark, comparison):
             *of(replay, "offline", "no-term", "calql"),
             *of(replay, "final", "smac+sac", "no-term+sac", "calql+sac")),
         f"{smooth('smac+sac')} are smooth, without the term and from Cal-QL {smooth('calql+sac')}.",
-        "{} against {}; IQL by itself has {}.".format(
+        "{} against {}; IQL by itself has {} ".format(
             *of(walker, "regret", "smac+sac", "calql+sac", "iql", digits=2)),
         f"SMAC fall to {round(single('smac+sac', walker).max())} with every seed",
         f"Cal-QL's below {1 + int(single('calql+sac', walker).max())},",
