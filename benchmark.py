@@ -18,7 +18,8 @@ A plan names the variants of each task, as flags that may begin with a script (s
 
 `{checkpoints}` is the folder where every run leaves TASK/VARIANT__SEED_offline.pt and ..._final.pt, and a run
 that takes one waits for the run that makes it. A line `small = "--batch-size 64"` of a table [names] is what
-`{small}` stands for. A run leaves FOLDER/TASK/VARIANT__SEED.csv: its metrics.csv, its origin in every row.
+`{small}` stands for. A run leaves FOLDER/TASK/VARIANT__SEED.csv: its metrics.csv, its origin in every row,
+less single episodes' returns (return_0, ...), which stay with its run directory in FOLDER/runs/.
 What has its csv is not run again; what was broken off goes on from its last.pt in FOLDER/runs/.
 """
 
@@ -267,7 +268,7 @@ def keep_results(job: Job) -> None:
     origin = dict(variant=job.variant, flags=job.flags, seed=job.seed, code=code or "unknown",
                   device=config["device"], dataset_id=config["dataset_id"],
                   eval_every=config["args"]["eval_every"])  # fmt: skip
-    rows = pd.read_csv(directory / "metrics.csv").assign(**origin)
+    rows = pd.read_csv(directory / "metrics.csv").filter(regex="^(?!return_)").assign(**origin)
     write_csv(job.csv, rows[[*origin, *rows.columns.drop([*origin])]])
     (directory / "last.pt").unlink(missing_ok=True)
 

@@ -201,6 +201,7 @@ def test_a_run_leaves_its_csv_and_its_checkpoints(study, capsys):
     assert [row["score"] for row in rows] == ["40", "40", "5.12346"]
     origin = dict(variant="a", seed="1", device="cpu", dataset_id="some/data-v0", eval_every="1000")
     assert rows[0].items() >= origin.items() and rows[0]["flags"].endswith("--x {seed}")
+    assert "return_0" not in rows[0], "every episode's return is in a study's csvs"
     assert (study.folder / "runs/checkpoints/task/a__1_offline.pt").exists()
     text = capsys.readouterr().out
     assert "1 of the plan's 1 runs are to do" in text
