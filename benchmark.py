@@ -283,8 +283,10 @@ def write_csv(path: Path, rows: pd.DataFrame) -> None:
 def submitter(args: RunArgs) -> Callable[[Job], Future]:
     """Starts jobs on this machine, `workers` at a time, or on a Ray cluster."""
     if args.ray_address:
-        import ray  # optional: pip install ray
-
+        try:
+            import ray
+        except ImportError:
+            fail("--ray-address needs Ray, which requirements.txt leaves out: pip install ray")
         ray.init(args.ray_address, log_to_driver=False)
         remote = ray.remote(num_cpus=1, num_gpus=args.gpus_per_run, max_retries=0)(work)
         return lambda job: remote.remote(job).future()
