@@ -15,7 +15,7 @@ from conftest import command_line
 
 FLAGS = "--env-id pendulum-medium-replay --device cpu --score-steps 2000 --score-hidden-sizes 64 64 "
 FLAGS += "--offline-steps 4000 --eval-every 4000 --num-critics 2 --no-critic-layer-norm --tau 0.005 "
-FLAGS += "--advantage None --alpha-psi learned --policy-share 0 --offline-alpha 0 --kappa 1"  # published: fast
+FLAGS += "--advantage None --alpha-psi learned --policy-share 0 --offline-alpha 0 --kappa 1"  # published
 
 
 @pytest.fixture(scope="module")
