@@ -640,7 +640,7 @@ def draw_curves(path: Path, runs: pd.DataFrame) -> None:
     three evaluations in a row.
     """
     names = runs.variant.str.partition("+")
-    runs = runs.assign(label=names[0], tuner=names[2].where(names[2] != "", "own online phase"))
+    runs = runs.assign(label=names[0], tuner=names[2].replace(["", "own"], "own online phase"))
     runs = runs[runs.final.notna()]
     runs = runs[runs.label.isin([*dict.fromkeys(runs.label)][: len(COLOURS)])]
     tasks, tuners, labels = ([*dict.fromkeys(runs[name])] for name in ("task", "tuner", "label"))
