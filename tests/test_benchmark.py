@@ -390,6 +390,14 @@ def test_a_curve_goes_on_where_the_offline_one_ends(benchmark, results, monkeypa
     assert [*online.get_xydata()[-1]] == [1000, 45]  # the mean of 40, and of the seeds' 50
 
 
+def test_curves_have_a_column_for_a_fine_tuner_and_a_label_for_a_line(benchmark, results, monkeypatch):
+    figures, runs = [], benchmark.read_study(benchmark.ReportArgs(results))
+    monkeypatch.setattr(benchmark.Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    benchmark.draw_curves(results / "curves.png", runs.assign(variant=runs.variant.replace("a", "a+own")))
+    assert [axes.get_title() for axes in figures[0].axes[:2]] == ["own online phase", "td3"]
+    assert sorted(text.get_text() for text in figures[0].axes[0].texts) == ["a", "b"]
+
+
 @pytest.fixture(scope="module")
 def comparison(benchmark, tmp_path_factory):
     """The comparison's runs, from a copy that reports may write to."""
