@@ -451,8 +451,9 @@ def test_findings_say_what_the_csvs_say(benchmark, comparison):
             *of(hopper, "offline", "cloning", "aca", "iql", "calql")),
         "it scores {}, without the term {}; IQL has {}, cloning {} and Cal-QL {}.".format(
             *of(walker, "offline", "smac", "no-term", "iql", "cloning", "calql")),
-        "It scores {} points less".format(*of(hopper, "drop", "smac+sac")),
-        "ends at {}.".format(*of(hopper, "final", "smac+sac")),
+        "part of it on `hopper-medium`**: {} points".format(*of(hopper, "drop", "smac+sac")),
+        "It ends at {}.".format(*of(hopper, "final", "smac+sac")),
+        "is handed to SAC best: {}.".format(*of(hopper, "regret", "calql-sac-target+sac", digits=2)),
         f"no evaluation is below {int(single('smac+sac').min())},",
         f"Cal-QL falls to {single('calql+sac').min():.0f} with {(single('calql+sac') < 10).sum()} of 5 seeds",
         f"IQL below 10 with {(single('iql+sac') < 10).sum()}.",
