@@ -95,8 +95,8 @@ class Args:
 
 SMALL = dict(hidden_sizes=(128, 128), batch_size=128, offline_steps=10_000,
              online_steps=10_000, eval_every=1_000, handover_eval_every=200)  # fmt: skip
-TINY = dict(hidden_sizes=(64, 64), batch_size=128, score_steps=10_000, offline_steps=8_000, kappa=0.01,
-            online_steps=4_000, eval_every=500, handover_eval_every=200)  # poor actions recorded  # fmt: skip
+TINY = dict(hidden_sizes=(64, 64), batch_size=128, score_steps=10_000, offline_steps=8_000,
+            online_steps=4_000, eval_every=500, handover_eval_every=200, kappa=0.01)  # poor data  # fmt: skip
 # name: (Minari dataset, settings that differ from Args; a flag on the command line wins over both)
 TASKS = {
     "hopper-medium-replay": ("smac/hopper/medium-replay-v0", SMALL),
