@@ -636,8 +636,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 def draw_curves(path: Path, runs: pd.DataFrame) -> None:
     """Small multiples: a row a task, a column a fine-tuner, a line an offline algorithm, seven at most.
 
-    The fine-tuner is the part of a variant's name behind its +; the handover is at 0. Means over seeds and
-    three evaluations in a row.
+    The fine-tuner is the part of a variant's name behind its +; the handover is at 0. Means and standard
+    errors over seeds of the mean of three evaluations in a row.
     """
     names = runs.variant.str.partition("+")
     runs = runs.assign(label=names[0], tuner=names[2].replace(["", "own"], "own online phase"))
@@ -652,13 +652,15 @@ def draw_curves(path: Path, runs: pd.DataFrame) -> None:
             start = pd.Series(dtype=float)
             for phase in ("offline", "online"):
                 each = [rows[rows.phase == phase].groupby("step").score.last() for rows in mine.rows]
-                curve = pd.concat(each, axis=1, join="inner").mean(axis=1)  # over seeds, by step
-                curve = curve.rolling(3, min_periods=1).mean()
+                smoothed = pd.concat(each, axis=1, join="inner").rolling(3, min_periods=1).mean()
+                curve, error = smoothed.mean(axis=1), smoothed.sem(axis=1)  # over seeds, by step
                 if phase == "online" and len(start):
                     curve.loc[0] = start.iloc[-1]  # one policy: the smoothed score before the handover
                 start = curve
                 x = curve.index - (curve.index.max() if phase == "offline" else 0)
-                axes.plot(x, curve, lw=1.2, color=COLOURS[labels.index(label)])
+                colour = COLOURS[labels.index(label)]
+                axes.plot(x, curve, lw=1.2, color=colour)
+                axes.fill_between(x, curve - error, curve + error, color=colour, alpha=0.12, lw=0)
             ends.append((curve.iloc[-1], label))
         axes.axvline(0, color="black", ls=":", lw=1)
         axes.axhline(group.mean_of_data.iloc[0], color="gray", ls=":", lw=1)

@@ -387,7 +387,9 @@ def test_a_curve_goes_on_where_the_offline_one_ends(benchmark, results, monkeypa
     benchmark.draw_curves(results / "curves.png", benchmark.read_study(benchmark.ReportArgs(results)))
     offline, online = figures[0].axes[0].lines[:2]  # b on task one: 40 at the handover, then 60 and 40
     assert [*offline.get_xydata()[-1]] == [*online.get_xydata()[0]] == [0, 40]
-    assert [*online.get_xydata()[-1]] == [1000, 45]  # the mean of 40, and of the seeds' 50
+    assert [*online.get_xydata()[-1]] == [1000, 45]  # seeds: (40 + 60) / 2 and 40
+    band = figures[0].axes[0].collections[1].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == (40, 50)  # their standard error is 5
 
 
 def test_curves_have_a_column_for_a_fine_tuner_and_a_label_for_a_line(benchmark, results, monkeypatch):
