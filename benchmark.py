@@ -557,10 +557,10 @@ def statistics_report(args: ReportArgs, runs: pd.DataFrame) -> str:
     """Tables with bootstrap intervals for every task and over tasks; statistics.md, .csv and curves.png.
 
     For every task: by how much a variant's regret lies below that of `--against`, if that is above 0.01. Over
-    tasks: regrets side by side, and interquartile means (Agarwal et al. 2021, arXiv 2108.13264) of the
-    variants that every task has, with the seeds that they have on every task.
+    tasks: offline scores and regrets side by side, and interquartile means (Agarwal et al. 2021, arXiv
+    2108.13264) of the variants that every task has, with the seeds that they have on every task.
     """
-    text, found, regrets = "", [], {}
+    text, found, across = "", [], {"offline score": {}, "regret": {}}
 
     def column(group: pd.DataFrame, measure: str) -> list[np.ndarray]:
         """The runs as a stratum for each task; [] where one of them has no such value."""
@@ -588,9 +588,10 @@ def statistics_report(args: ReportArgs, runs: pd.DataFrame) -> str:
             ours = column(group, "regret") if theirs and mean(*theirs) > 0.01 and variant != against else []
             shown = interval(task, variant, "regret", f"below {against}", reduction, ours, theirs, 2)
             rows.append(row | {f"share of {against}'s regret saved": shown})
-            if row["regret"]:
-                blank = {"regret": variant} | dict.fromkeys(runs.task.unique(), "")
-                regrets.setdefault(variant, blank)[task] = row["regret"]
+            for title, table in across.items():
+                if row[title] and (title == "regret" or "+" not in variant):
+                    blank = {title: variant} | dict.fromkeys(runs.task.unique(), "")
+                    table.setdefault(variant, blank)[task] = row[title]
         text += f"### {task}\n\n{markdown(rows)}\n"
     if against:
         draw_curves(args.folder / "curves.png", runs)
@@ -606,7 +607,8 @@ def statistics_report(args: ReportArgs, runs: pd.DataFrame) -> str:
             row[f"{MEASURES[m][0]}, IQM"] = interval("all", variant, m, "IQM", interquartile_mean, strata)
         rows.append(row)
     text += f"### All tasks\n\n{markdown(rows)}\n" if rows else ""
-    text += f"### Regret\n\n{markdown([*regrets.values()])}\n" if regrets else ""
+    for title, table in across.items():
+        text += f"### {title.capitalize()}\n\n{markdown([*table.values()])}\n" if table else ""
     (args.folder / "statistics.md").write_text(text)
     write_csv(args.folder / "statistics.csv", pd.DataFrame(found))
     return text
@@ -676,8 +678,7 @@ def draw_curves(path: Path, runs: pd.DataFrame) -> None:
         axes.set_title(tuner)
     for axes, task in zip(panels[:, 0], tasks):
         axes.set_ylabel(f"{task}\nscore")
-    for axes in panels[-1]:
-        axes.set_xlabel("offline updates | online steps")
+    figure.supxlabel("offline updates | online steps", fontsize="medium")
     figure.savefig(path, dpi=110)
 
 
@@ -685,7 +686,6 @@ def draw_curves(path: Path, runs: pd.DataFrame) -> None:
 
 
 def report(args: ReportArgs) -> None:
-    """Prints a study's tables."""
     kind = cross_report if args.cross else statistics_report if args.statistics else plain_report
     print(kind(args, read_study(args)))
 
