@@ -60,7 +60,7 @@ class Args:
     hidden_sizes: tuple[int, ...] = (256, 256)  # widths of the hidden layers of actor and critics
     num_critics: int = 2  # critics in the ensemble; the actor follows the minimum of 2, the mean of more
     target_critics: int = 2  # target critics drawn for each batch, whose minimum is the target; 0: all
-    critic_activation: Literal["relu", "silu"] = "silu"  # ReLU makes grad_a Q piecewise constant
+    critic_activation: Literal["relu", "silu"] = "silu"  # with ReLU grad_a Q has jumps
     critic_layer_norm: bool = False  # LayerNorm before the activation of the critics' hidden layers
     # optimiser
     offline_optimizer: Literal["muon", "adam"] = "muon"  # for hidden-to-hidden weights; Adam does the rest
@@ -174,7 +174,7 @@ class Dataset:
         """Normalised score 100 (R - R_random) / (R_expert - R_random), by default in the data's range."""
         low = self.metadata.get("ref_min_score", self.returns.min())
         high = self.metadata.get("ref_max_score", self.returns.max())
-        return 100 * (returns - low) / (high - low)
+        return 100 * (returns - low) / (high - low or 1)
 
 
 def make_env(data: Dataset, eval_env: bool = False) -> gym.Env:
@@ -198,7 +198,7 @@ class ReplayBuffer(nn.Module):
         shape = (capacity or len(columns["actions"]), sum(self.widths.values()))
         self.register_buffer("rows", torch.zeros(shape, device=device))
         self.register_buffer("size", torch.tensor(0))
-        self.register_buffer("episodes", torch.tensor(0))  # that have ended; the next one's seed
+        self.register_buffer("episodes", torch.tensor(0))  # that have ended: the index of the next seed
         if not capacity:
             self.add(**columns)
 
@@ -681,10 +681,10 @@ def train_offline(run: Run) -> Agent:
     for step in tqdm(range(start + 1, total + 1), phase, disable=None):
         batch = buffer.split(buffer.sample_rows(args.batch_size))
         metrics = step_networks(agent, optimizers, batch, args, gradients, actor=False)
-        if step % LOG_EVERY == 0:
-            run.log(phase, step, metrics)
         if phase == "offline" and (step % args.eval_every == 0 or step == total):
             run.evaluate("offline", step, step, agent, metrics)
+        elif step % LOG_EVERY == 0:
+            run.log(phase, step, metrics)
         run.autosave(phase, step, agent=agent, **optimizers)
     if phase == "offline" and run.state.get("phase") != "online":  # else nothing was loaded yet
         run.save("offline.pt", "offline", total, agent=agent)
@@ -726,11 +726,11 @@ def train_online(run: Run, agent: Agent) -> None:
             rows = [offline.sample_rows(offline_rows), online.sample_rows(args.batch_size - offline_rows)]
             critic = critic_gradients if left else clipped_gradients  # these hold the actor's as well
             metrics = step_networks(agent, optimizers, online.split(torch.cat(rows)), args, critic, False)
-        if step % LOG_EVERY == 0:
-            run.log("online", step, metrics | {"prior_weight": agent.weight})
         dense = 0 < updates <= window and step % args.handover_eval_every == 0  # right after the handover
         if dense or step % args.eval_every == 0 or step == args.online_steps:
             run.evaluate("online", step, updates, agent, metrics)
+        elif step % LOG_EVERY == 0:
+            run.log("online", step, metrics | {"prior_weight": agent.weight})
         if terminated or truncated:
             online.episodes += 1
             run.autosave("online", step, **parts)  # between episodes: no environment has to be saved

@@ -48,7 +48,7 @@ class Args:
     # networks; the critics stay as they are drawn, for the fine-tuner that takes the checkpoint
     hidden_sizes: tuple[int, ...] = (256, 256)  # widths of the hidden layers of actor and critics
     num_critics: int = 4  # fresh critics in the ensemble, for the fine-tuners
-    critic_activation: Literal["relu", "silu"] = "silu"  # ReLU makes grad_a Q piecewise constant
+    critic_activation: Literal["relu", "silu"] = "silu"  # with ReLU grad_a Q has jumps
     critic_layer_norm: bool = True  # LayerNorm before the activation of the critics' hidden layers
     actor_lr: float = 3e-4  # Adam's for the actor
     batch_size: int = 256  # transitions of a gradient update
@@ -127,7 +127,7 @@ class Dataset:
         """Normalised score 100 (R - R_random) / (R_expert - R_random), by default in the data's range."""
         low = self.metadata.get("ref_min_score", self.returns.min())
         high = self.metadata.get("ref_max_score", self.returns.max())
-        return 100 * (returns - low) / (high - low)
+        return 100 * (returns - low) / (high - low or 1)
 
 
 def make_env(data: Dataset, eval_env: bool = False) -> gym.Env:
@@ -151,7 +151,7 @@ class ReplayBuffer(nn.Module):
         shape = (capacity or len(columns["actions"]), sum(self.widths.values()))
         self.register_buffer("rows", torch.zeros(shape, device=device))
         self.register_buffer("size", torch.tensor(0))
-        self.register_buffer("episodes", torch.tensor(0))  # that have ended; the next one's seed
+        self.register_buffer("episodes", torch.tensor(0))  # that have ended: the index of the next seed
         if not capacity:
             self.add(**columns)
 
@@ -430,10 +430,10 @@ def train_offline(run: Run) -> None:
         run.evaluate("offline", 0, 0, agent, {})
     for step in tqdm(range(start + 1, args.offline_steps + 1), "offline", disable=None):
         metrics = step_actor(agent.actor, adam, buffer.split(buffer.sample_rows(args.batch_size)))
-        if step % LOG_EVERY == 0:
-            run.log("offline", step, metrics)
         if step % args.eval_every == 0 or step == args.offline_steps:
             run.evaluate("offline", step, step, agent, metrics)
+        elif step % LOG_EVERY == 0:
+            run.log("offline", step, metrics)
         run.autosave("offline", step, agent=agent, adam=adam)
     run.save("offline.pt", "offline", args.offline_steps, agent=agent)
 

@@ -22,7 +22,7 @@ Paper values by the kind of data: locomotion (and the scale); antmaze (rewards -
     python iql_baseline.py --env-id ID --expectile 0.7 --inverse-temperature 0.5
 
 Writes runs/{env_id}__iql_baseline__{seed}__{time}/: config.json, a copy of this script, TensorBoard events,
-metrics.csv (a row per evaluation, every episode's return), offline.pt, final.pt, learning_curve.png.
+metrics.csv (a row per evaluation, every episode's return), offline.pt, last.pt, final.pt, learning_curve.png.
 """
 
 import difflib
@@ -164,7 +164,7 @@ class Dataset:
         """Normalised score 100 (R - R_random) / (R_expert - R_random), by default in the data's range."""
         low = self.metadata.get("ref_min_score", self.returns.min())
         high = self.metadata.get("ref_max_score", self.returns.max())
-        return 100 * (returns - low) / (high - low)
+        return 100 * (returns - low) / (high - low or 1)
 
 
 def make_env(data: Dataset, eval_env: bool = False) -> gym.Env:
@@ -188,7 +188,7 @@ class ReplayBuffer(nn.Module):
         shape = (capacity or len(columns["actions"]), sum(self.widths.values()))
         self.register_buffer("rows", torch.zeros(shape, device=device))
         self.register_buffer("size", torch.tensor(0))
-        self.register_buffer("episodes", torch.tensor(0))  # that have ended; the next one's seed
+        self.register_buffer("episodes", torch.tensor(0))  # that have ended: the index of the next seed
         if not capacity:
             self.add(**columns)
 
@@ -580,10 +580,10 @@ def train_offline(run: Run) -> Agent:
             optimizers["adam"].param_groups[0]["lr"] = lr
         metrics = gradients(agent, buffer.split(buffer.sample_rows(args.batch_size)), beta, args, True)
         apply_gradients(agent, optimizers, args)
-        if step % LOG_EVERY == 0:
-            run.log("offline", step, metrics)
         if step % args.eval_every == 0 or step == args.offline_steps:
             run.evaluate("offline", step, step, agent, metrics)
+        elif step % LOG_EVERY == 0:
+            run.log("offline", step, metrics)
         run.autosave("offline", step, agent=agent, **optimizers)
     if run.state.get("phase") != "online":  # else nothing was loaded yet
         run.save("offline.pt", "offline", args.offline_steps, agent=agent)
@@ -621,11 +621,11 @@ def train_online(run: Run, agent: Agent) -> None:
             rows = [offline.sample_rows(offline_rows), online.sample_rows(args.batch_size - offline_rows)]
             metrics = gradients(agent, online.split(torch.cat(rows)), beta, args, left == 0)
             apply_gradients(agent, optimizers, args)
-        if step % LOG_EVERY == 0:
-            run.log("online", step, metrics)
         dense = 0 < updates <= window and step % args.handover_eval_every == 0  # right after the handover
         if dense or step % args.eval_every == 0 or step == args.online_steps:
             run.evaluate("online", step, updates, agent, metrics)
+        elif step % LOG_EVERY == 0:
+            run.log("online", step, metrics)
         if terminated or truncated:
             online.episodes += 1
             run.autosave("online", step, **parts)  # between episodes: no environment has to be saved

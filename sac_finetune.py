@@ -20,7 +20,7 @@ Going on with a run that was stopped
     python sac_finetune.py --resume runs/NAME
 
 Writes runs/{env_id}__sac_finetune__{seed}__{time}/: config.json, a copy of this script, TensorBoard events,
-metrics.csv (a row per evaluation, the checkpoint's offline ones first), final.pt, learning_curve.png.
+metrics.csv (a row per evaluation, the checkpoint's offline ones first), last.pt, final.pt, learning curve.
 """
 
 import difflib
@@ -62,13 +62,13 @@ class Args:
     hidden_sizes: tuple[int, ...] = (256, 256)  # widths of the hidden layers of actor and critics
     num_critics: int = 4  # critics in the ensemble; the actor follows the minimum of 2, the mean of more
     target_critics: int = 2  # target critics drawn for each batch, whose minimum is the target; 0: all
-    critic_activation: Literal["relu", "silu"] = "silu"  # ReLU makes grad_a Q piecewise constant
+    critic_activation: Literal["relu", "silu"] = "silu"  # with ReLU grad_a Q has jumps
     critic_layer_norm: bool = True  # LayerNorm before the activation of the critics' hidden layers
     # optimiser
     online_optimizer: Literal["muon", "adam"] = "muon"  # for hidden-to-hidden weights; Adam does the rest
     muon_lr: float = 1e-3  # Muon's learning rate, times 0.2 sqrt(max(rows, cols)) to match Adam's step
     actor_lr: float = 3e-4  # Adam's learning rate for the actor and the temperature
-    critic_lr: float = 3e-4  # Adam's for the critics
+    critic_lr: float = 3e-4  # Adam's learning rate for the critics
     batch_size: int = 256  # transitions of a gradient update
     gamma: float = 0.99  # discount
     tau: float = 0.05  # step of the target critics towards the critics
@@ -164,7 +164,7 @@ class Dataset:
         """Normalised score 100 (R - R_random) / (R_expert - R_random), by default in the data's range."""
         low = self.metadata.get("ref_min_score", self.returns.min())
         high = self.metadata.get("ref_max_score", self.returns.max())
-        return 100 * (returns - low) / (high - low)
+        return 100 * (returns - low) / (high - low or 1)
 
 
 def make_env(data: Dataset, eval_env: bool = False) -> gym.Env:
@@ -188,7 +188,7 @@ class ReplayBuffer(nn.Module):
         shape = (capacity or len(columns["actions"]), sum(self.widths.values()))
         self.register_buffer("rows", torch.zeros(shape, device=device))
         self.register_buffer("size", torch.tensor(0))
-        self.register_buffer("episodes", torch.tensor(0))  # that have ended; the next one's seed
+        self.register_buffer("episodes", torch.tensor(0))  # that have ended: the index of the next seed
         if not capacity:
             self.add(**columns)
 
@@ -587,9 +587,8 @@ def train_online(run: Run, agent: Agent) -> None:
     env = make_env(data)
     observation, _ = env.reset(seed=stream_seed(args.seed, "online", int(online.episodes)))
     for step in tqdm(range(start + 1, args.online_steps + 1), "online", disable=None):
-        with torch.no_grad():
-            row = torch.as_tensor(observation, dtype=torch.float32, device=run.device)[None]
-            action = agent.actor.sample(row)[0][0].cpu().numpy()
+        row = torch.as_tensor(observation, dtype=torch.float32, device=run.device)[None]
+        action = agent.actor.sample(row)[0][0].detach().cpu().numpy()
         if step <= first_update and not args.checkpoint:  # nothing is trained yet
             action = (2 * torch.rand(len(action)) - 1).numpy()
         next_observation, reward, terminated, truncated, _ = env.step(action)
@@ -600,11 +599,11 @@ def train_online(run: Run, agent: Agent) -> None:
         for left in reversed(range(args.utd_ratio if updates else 0)):
             rows = [offline.sample_rows(offline_rows), online.sample_rows(args.batch_size - offline_rows)]
             metrics = step_networks(agent, optimizers, online.split(torch.cat(rows)), args, actor=left == 0)
-        if step % LOG_EVERY == 0:
-            run.log("online", step, metrics)
         dense = 0 < updates <= window and step % args.handover_eval_every == 0  # right after the handover
         if dense or step % args.eval_every == 0 or step == args.online_steps:
             run.evaluate("online", step, updates, agent, metrics)
+        elif step % LOG_EVERY == 0:
+            run.log("online", step, metrics)
         if terminated or truncated:
             online.episodes += 1
             run.autosave("online", step, **parts)  # between episodes: no environment has to be saved

@@ -1,15 +1,15 @@
 """SMAC, Score-Matched Actor-Critic: offline pre-training made for a handover to online SAC.
 
 de Lara and Shkurti 2026, arXiv 2602.17632. The maximum-entropy optimum is pi*(a|s) ~ exp(Q*(s,a) / alpha), so
-grad_a Q*(s,a) = alpha grad_a log pi*(a|s). SMAC holds the offline critic to that equality. In pi*'s place
-stands p(a|s,w), the dataset's actions given an outcome w, whose score a diffusion model estimates:
+grad_a Q*(s,a) = alpha grad_a log pi*(a|s). SMAC holds the offline critic to this. In place of the unknown
+pi* it takes p(a|s,w), the dataset's actions given an outcome w, whose score a diffusion model estimates:
 
     score(s,a,w) = -(sqrt(abar_1) / sigma_1) eps_omega(s, sqrt(abar_1) a, w, 1),  eps predicts the NOISE
     L(theta)  = E[(Q(s,a) - y)^2] + kappa E|| grad_a Q(s,a) - alpha score(s,a,w) ||^2
     L_pi(phi) = E[alpha log pi(a|s) - Q(s,a)],    a ~ pi(.|s)
 
-w is the advantage G - V(s); the critic is given a high one. Muon steps the hidden-to-hidden weights, Adam the
-rest. Online it is plain SAC on the same networks. The published form: docs/smac_offline_online.md.
+w is the advantage, return-to-go minus V(s); the critic is given a high w. Muon steps the hidden-to-hidden
+weights, Adam the rest. Online it is plain SAC. The published form: docs/smac_offline_online.md.
 
     python smac_offline_online.py --env-id hopper-medium-replay      # the main job, data included
     python smac_offline_online.py --env-id pendulum-medium-replay    # a first look, 1.5 minutes
@@ -57,7 +57,7 @@ class Args:
     hidden_sizes: tuple[int, ...] = (256, 256)  # widths of the hidden layers of actor and critics
     num_critics: int = 4  # critics in the ensemble; the actor follows the minimum of 2, the mean of more
     target_critics: int = 2  # target critics drawn for each batch, whose minimum is the target; 0: all
-    critic_activation: Literal["relu", "silu"] = "silu"  # ReLU makes grad_a Q piecewise constant
+    critic_activation: Literal["relu", "silu"] = "silu"  # with ReLU grad_a Q has jumps
     critic_layer_norm: bool = True  # LayerNorm before the activation of the critics' hidden layers
     # optimiser
     offline_optimizer: Literal["muon", "adam"] = "muon"  # for hidden-to-hidden weights; Adam does the rest
@@ -67,14 +67,14 @@ class Args:
     critic_lr: float = 3e-4  # Adam's learning rate for the critics and alpha_psi
     batch_size: int = 256  # transitions of a gradient update
     gamma: float = 0.99  # discount
-    tau: float = 0.05  # step of the target critics towards the critics; if small, Q lags behind there
+    tau: float = 0.05  # step of the target critics towards the critics; if small, Q learns slowly
     target_entropy: float = -1.0  # entropy that the automatic temperature holds, per action dimension
     # SMAC
     score_steps: int = 40_000  # gradient updates of the score estimator
     score_lr: float = 3e-3  # Adam's learning rate for the estimator, falling to 0 along a cosine
     score_hidden_sizes: tuple[int, ...] = (256, 256)  # widths of the score estimator's hidden layers
     score_sigma: float = 0.1  # sigma_1, the noise of level 1 of 5, in units of actions that fill [-1, 1]
-    advantage: float | None = 2.0  # w given to the critic, in standard deviations; None: each row's own G
+    advantage: float | None = 2.0  # w for the critic, in standard deviations; None: each row's return-to-go
     offline_steps: int = 250_000  # gradient updates of the offline phase
     offline_alpha: float = 0.2  # temperature, held through the offline phase; 0: automatic there too
     kappa: float = 1.0  # weight of the score-matching term; 0 leaves it out (plain offline SAC)
@@ -163,7 +163,7 @@ class Dataset:
         """Normalised score 100 (R - R_random) / (R_expert - R_random), by default in the data's range."""
         low = self.metadata.get("ref_min_score", self.returns.min())
         high = self.metadata.get("ref_max_score", self.returns.max())
-        return 100 * (returns - low) / (high - low)
+        return 100 * (returns - low) / (high - low or 1)
 
 
 def returns_to_go(rewards: np.ndarray, terminations: np.ndarray, ends: np.ndarray, gamma: float):
@@ -201,7 +201,7 @@ class ReplayBuffer(nn.Module):
         shape = (capacity or len(columns["actions"]), sum(self.widths.values()))
         self.register_buffer("rows", torch.zeros(shape, device=device))
         self.register_buffer("size", torch.tensor(0))
-        self.register_buffer("episodes", torch.tensor(0))  # that have ended; the next one's seed
+        self.register_buffer("episodes", torch.tensor(0))  # that have ended: the index of the next seed
         if not capacity:
             self.add(**columns)
 
@@ -305,7 +305,7 @@ class Critic(nn.Module):
 
 
 class ScoreNet(nn.Module):
-    """eps_omega(s, a_t, w, t), the denoiser of a variance-preserving diffusion; level 1 is index 0 of T.
+    """eps_omega(s, a_t, w, t), the denoiser of a variance-preserving diffusion; level 1 has index 0.
 
     a_t = sqrt(abar_t) a + sigma_t e, e ~ N(0, I), sigma_t = sqrt(1 - abar_t), growing geometrically.
     """
@@ -454,7 +454,7 @@ def smac_critic_gradients(agent: Agent, batch: dict[str, Tensor], args: Args) ->
         points = torch.cat([agent.actor.sample(observations[:sampled])[0], actions[sampled:]])
         score = agent.score_net.score(observations, points, batch["outcomes"])
     copies = points.expand(args.num_critics, -1, -1)  # one per critic, to receive its gradient
-    q, pullback = torch.func.vjp(lambda a: agent.critic(observations, a), copies)  # Q_i(s, a), (N, B)
+    q, pullback = torch.func.vjp(lambda a: agent.critic(observations, a), copies)  # Q_i at the points, (N, B)
     grad_q = pullback(torch.ones_like(q))[0].mean(dim=0)  # of the critics' mean, (B, A)
     q = agent.critic(observations, actions)
     score = {"none": score, "zero": 0 * score, "shuffled": score.roll(1, dims=0)}[args.score_control]
@@ -675,7 +675,7 @@ def train_offline(run: Run, columns: dict[str, np.ndarray], score_net: ScoreNet 
     torch.manual_seed(stream_seed(args.seed, "offline"))
     agent = Agent(run.obs_dim, run.act_dim, args, score_net).to(run.device)
     set_statistics(agent, run.data)
-    if args.offline_alpha:  # an automatic one has no fixed point here: pi = p solves L_SM for every alpha
+    if args.offline_alpha:  # automatic, it would drift: the score term gives pi = p at every alpha
         agent.log_alpha.requires_grad_(False).fill_(math.log(args.offline_alpha))
     optimizers = make_optimizers(agent, args.offline_optimizer, args)
     start = run.restore("offline", args.offline_steps, agent=agent, **optimizers)
@@ -688,10 +688,10 @@ def train_offline(run: Run, columns: dict[str, np.ndarray], score_net: ScoreNet 
     for step in tqdm(range(start + 1, args.offline_steps + 1), "offline", disable=None):
         batch = buffer.split(buffer.sample_rows(args.batch_size))
         metrics = step_networks(agent, optimizers, batch, args, critic)
-        if step % LOG_EVERY == 0:
-            run.log("offline", step, metrics)
         if step % args.eval_every == 0 or step == args.offline_steps:
             run.evaluate("offline", step, step, agent, metrics)
+        elif step % LOG_EVERY == 0:
+            run.log("offline", step, metrics)
         run.autosave("offline", step, agent=agent, **optimizers)
     if run.state.get("phase") != "online":  # else nothing was loaded yet
         run.save("offline.pt", "offline", args.offline_steps, agent=agent)
@@ -707,7 +707,7 @@ def train_online(run: Run, agent: Agent) -> None:
     offline, online = (ReplayBuffer(data.columns, run.device, size) for size in (0, args.online_steps))
     parts = dict(agent=agent, online=online, **optimizers)
     start = run.restore("online", args.online_steps, **parts)
-    online_rows = round(args.batch_size * (1 - args.offline_fraction))  # per batch; updates start after them
+    online_rows = round(args.batch_size * (1 - args.offline_fraction))  # of a batch; updates start after them
     window = max(2_000, 0.2 * args.utd_ratio * (args.online_steps - online_rows))
     step_networks, metrics = torch.compile(update) if args.compile else update, {}
     if start == 0:
@@ -725,11 +725,11 @@ def train_online(run: Run, agent: Agent) -> None:
         for left in reversed(range(args.utd_ratio if updates else 0)):
             rows = [offline.sample_rows(args.batch_size - online_rows), online.sample_rows(online_rows)]
             metrics = step_networks(agent, optimizers, online.split(torch.cat(rows)), args, actor=left == 0)
-        if step % LOG_EVERY == 0:
-            run.log("online", step, metrics)
         dense = 0 < updates <= window and step % args.handover_eval_every == 0  # right after the handover
         if dense or step % args.eval_every == 0 or step == args.online_steps:
             run.evaluate("online", step, updates, agent, metrics)
+        elif step % LOG_EVERY == 0:
+            run.log("online", step, metrics)
         if terminated or truncated:
             online.episodes += 1
             run.autosave("online", step, **parts)  # between episodes: no environment has to be saved

@@ -18,7 +18,7 @@ From scratch; going on with a run that was stopped
     python td3_finetune.py --resume runs/NAME
 
 Writes runs/{env_id}__td3_finetune__{seed}__{time}/: config.json, a copy of this script, TensorBoard events,
-metrics.csv (a row per evaluation, the checkpoint's offline ones first), final.pt, learning_curve.png.
+metrics.csv (a row per evaluation, the checkpoint's offline ones first), last.pt, final.pt, learning curve.
 """
 
 import copy
@@ -61,13 +61,13 @@ class Args:
     hidden_sizes: tuple[int, ...] = (256, 256)  # widths of the hidden layers of actor and critics
     num_critics: int = 4  # critics in the ensemble; the actor follows the first
     target_critics: int = 2  # target critics drawn for each batch, whose minimum is the target; 0: all
-    critic_activation: Literal["relu", "silu"] = "silu"  # ReLU makes grad_a Q piecewise constant
+    critic_activation: Literal["relu", "silu"] = "silu"  # with ReLU grad_a Q has jumps
     critic_layer_norm: bool = True  # LayerNorm before the activation of the critics' hidden layers
     # optimiser
     online_optimizer: Literal["muon", "adam"] = "muon"  # for hidden-to-hidden weights; Adam does the rest
     muon_lr: float = 1e-3  # Muon's learning rate, times 0.2 sqrt(max(rows, cols)) to match Adam's step
     actor_lr: float = 3e-4  # Adam's for the actor
-    critic_lr: float = 3e-4  # Adam's for the critics
+    critic_lr: float = 3e-4  # Adam's learning rate for the critics
     batch_size: int = 256  # transitions of a gradient update
     gamma: float = 0.99  # discount
     tau: float = 0.05  # step of all targets towards their networks
@@ -168,7 +168,7 @@ class Dataset:
         """Normalised score 100 (R - R_random) / (R_expert - R_random), by default in the data's range."""
         low = self.metadata.get("ref_min_score", self.returns.min())
         high = self.metadata.get("ref_max_score", self.returns.max())
-        return 100 * (returns - low) / (high - low)
+        return 100 * (returns - low) / (high - low or 1)
 
 
 def make_env(data: Dataset, eval_env: bool = False) -> gym.Env:
@@ -192,7 +192,7 @@ class ReplayBuffer(nn.Module):
         shape = (capacity or len(columns["actions"]), sum(self.widths.values()))
         self.register_buffer("rows", torch.zeros(shape, device=device))
         self.register_buffer("size", torch.tensor(0))
-        self.register_buffer("episodes", torch.tensor(0))  # that have ended; the next one's seed
+        self.register_buffer("episodes", torch.tensor(0))  # that have ended: the index of the next seed
         if not capacity:
             self.add(**columns)
 
@@ -611,11 +611,11 @@ def train_online(run: Run, agent: Agent) -> None:
             rows = [offline.sample_rows(offline_rows), online.sample_rows(args.batch_size - offline_rows)]
             delayed = (updates - left) % args.policy_delay == 0
             metrics |= step_networks(agent, optimizers, online.split(torch.cat(rows)), args, delayed)
-        if step % LOG_EVERY == 0:
-            run.log("online", step, metrics)
         dense = 0 < updates <= window and step % args.handover_eval_every == 0  # right after the handover
         if dense or step % args.eval_every == 0 or step == args.online_steps:
             run.evaluate("online", step, updates, agent, metrics)
+        elif step % LOG_EVERY == 0:
+            run.log("online", step, metrics)
         if terminated or truncated:
             online.episodes += 1
             run.autosave("online", step, **parts)  # between episodes: no environment has to be saved

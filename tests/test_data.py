@@ -124,6 +124,8 @@ def test_an_episode_may_count_its_last_reward_and_the_data_be_its_own_reference(
     data = smac.Dataset(OWN)
     assert data.returns.tolist() == [2, 0, 3]
     np.testing.assert_allclose(data.score(data.returns), [200 / 3, 0, 100])
+    data.returns = np.array([7.0, 7.0])  # no range: finite scores all the same
+    assert data.score(data.returns).tolist() == [0, 0]
 
 
 # === What can't be used ====================================================================================
