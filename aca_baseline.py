@@ -591,14 +591,14 @@ class Run:
 
     def evaluate(self, phase: str, step: int, updates: int, agent: Agent, metrics: dict) -> None:
         """Evaluates the policy: a row in metrics.csv, a line on the screen, scalars in TensorBoard."""
+        metrics = self.log(phase, step, metrics)  # NaN stops the run here, before the policy is played
         returns = evaluate(agent.actor, self.envs, self.device)
-        mean = np.mean(returns)
-        row = self.log(phase, step, {"score": self.data.score(mean), "return": mean} | metrics)
-        self.rows.append(dict(phase=phase, step=step, updates=updates) | row)
+        row = {"score": self.data.score(np.mean(returns)), "return": np.mean(returns)}
+        self.rows.append(dict(phase=phase, step=step, updates=updates) | self.log(phase, step, row) | metrics)
         self.rows[-1] |= {f"return_{i}": r for i, r in enumerate(returns)}
         names = sorted(pd.DataFrame(self.rows), key=lambda name: name.startswith("return_"))
         pd.DataFrame(self.rows, columns=names).to_csv(self.directory / "metrics.csv", index=False)
-        tqdm.write(f"{phase:<8} step {step:>9,}   return {mean:9.1f}   score {row['score']:6.1f}")
+        tqdm.write(f"{phase:<8} step {step:>9,}   return {row['return']:9.1f}   score {row['score']:6.1f}")
 
     def autosave(self, phase: str, step: int, **parts) -> None:
         """Writes last.pt if it is time."""

@@ -160,7 +160,7 @@ def test_damaged_data_is_one_sentence(smac, name):
 
 @pytest.mark.parametrize("column, flags, loss", [
     ("observations", "", "denoising_loss is nan at score step 2"),
-    ("rewards", "--kappa 0", "critic_loss is nan at offline step 2"),
+    ("rewards", "--kappa 0 --eval-every 2", "critic_loss is nan at offline step 2"),
     ("", "--kappa 0 --critic-lr 1e38 --offline-optimizer adam", " at offline step 2"),
 ])  # fmt: skip
 def test_nan_stops_the_run_and_names_loss_and_step(smac, monkeypatch, tmp_path, column, flags, loss):
