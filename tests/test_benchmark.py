@@ -446,24 +446,26 @@ def test_findings_say_what_the_csvs_say(benchmark, comparison):
         mine = runs[(runs.variant == name) & (runs.task != pendulum)]
         return mine.smooth.eq(True).sum(), len(mine)
 
-    saved = 1 - means.regret[walker, "smac+sac"] / means.regret[walker, "calql+sac"]
-    assert single("smac+sac", walker).round().max() == 0 and smooth("calql+sac")[1] == 15
-    assert (means.regret[walker][["no-term+sac", "calql-sac-target+sac"]] > 0.6).all()
-    better = means.regret[hopper][["calql+td3", "calql-sac-target+sac", "iql"]]
-    assert better.max() < means.regret[hopper, "smac+sac"]
+    regret = means.regret
+    saved = 1 - regret[walker, "smac+sac"] / regret[walker, "calql+sac"]
+    deepest = max(single(name, walker).max() for name in ("smac+sac", "calql+sac"))
+    assert regret[walker, "calql-sac-target+sac"] > 0.95 * regret[walker, "calql+sac"]
+    better = regret[hopper][["calql+td3", "calql-sac-target+sac", "iql"]]
+    assert better.max() < regret[hopper, "smac+sac"] and means["drop"][hopper, "calql+sac"] < 0
     claims = [
-        "another transition's score gives {}, a zero score {}.".format(
+        "with another transition's score SMAC has {} on `hopper-medium`, with zeros in its place {}.".format(
             *of(hopper, "offline", "shuffled", "zero")),
         "SMAC falls by {} points".format(*of(hopper, "drop", "smac+sac")),
         "and ends at {}.".format(*of(hopper, "final", "smac+sac")),
-        f"No evaluation there is below {int(single('smac+sac').min())},",
-        f"Cal-QL falls to {single('calql+sac').min():.0f} with {(single('calql+sac') < 10).sum()} of 5 seeds",
-        "Of its {1} handovers to SAC on Hopper and Walker2d {0} are".format(*smooth("smac+sac")),
-        f"of Cal-QL's {smooth('calql+sac')[0]}.",
+        "Its lowest evaluation there is {:.0f}, Cal-QL's {:.0f};".format(
+            single("smac+sac").min(), single("calql+sac").min()),
+        f"On Walker2d both fall below {deepest + 0.5:.0f}.",
+        "Of {1} handovers to SAC on Hopper and Walker2d {0} are".format(*smooth("smac+sac")),
+        "{} from Cal-QL, and {} without the term.".format(smooth("calql+sac")[0], smooth("no-term+sac")[0]),
         f"its regret is {saved:.0%} lower",
-        "SMAC scores {} offline with the other tasks' weight of the term, {} with a hundredth of it".format(
-            *of(pendulum, "offline", "kappa-1", "smac")),
-        "and {} without.".format(*of(pendulum, "offline", "no-term")),
+        "both end at {} to {},".format(*sorted(of(walker, "final", "smac+sac", "calql+sac"))),
+        "SMAC scores {} offline, and its regret with SAC is {}.".format(
+            *of(pendulum, "offline", "kappa-1"), *of(pendulum, "regret", "kappa-1+sac", digits=2)),
     ]  # fmt: skip
     text = " ".join((ROOT / "README.md").read_text().split())
     assert not [claim for claim in claims if claim not in text]
