@@ -78,8 +78,8 @@ class Args:
     alignment_steps: int = 5_000  # updates that fit Z to the policy of --checkpoint, from its own Z or from 0
     alignment_beta: float = 7.0  # stds from pi_0's mean at the soft clip's floor; 15 for (medium-)expert
     alignment_weight: float = 1.0  # weight of log pi_0 in the aligned Q at the handover
-    alignment_decay: float = 40_000.0  # online updates in which it would fall to 0; 10,000 for random
-    alignment_floor: float = 0.5  # where it stops falling, if below its start; (medium-)expert 1, random 0
+    alignment_decay: float = 40_000.0  # online updates from alignment_weight down to 0; 10,000 for random
+    alignment_floor: float = 0.5  # the weight falls no lower than this; (medium-)expert 1, random 0
     actor_grad_norm: float = 0.25  # largest norm of the actor's gradient online
     top_episodes: int = 50  # best recorded episodes that the online buffer starts with; medium, random: 0
     # online phase
@@ -657,7 +657,7 @@ def take_policy(run: Run, agent: Agent) -> None:
         saved = {name: x for name, x in origin["parts"]["agent"].items() if name.startswith(taken)}
         agent.load_state_dict(saved, strict=False)
     except (KeyError, RuntimeError) as error:  # none, or of another shape
-        fail(f"{run.args.checkpoint} doesn't fit: take one of this task ({str(error)[:200]})")
+        fail(f"{run.args.checkpoint} doesn't fit this task or these network flags: {str(error)[:200]}")
     run.rows = origin["rows"] if origin["phase"] == "offline" else []  # they come first in metrics.csv
 
 
@@ -724,7 +724,7 @@ def train_online(run: Run, agent: Agent) -> None:
         for left in reversed(range(args.utd_ratio if updates else 0)):
             agent.weight.fill_(prior_weight(updates - left - 1, args))
             rows = [offline.sample_rows(offline_rows), online.sample_rows(args.batch_size - offline_rows)]
-            critic = critic_gradients if left else clipped_gradients  # these hold the actor's as well
+            critic = critic_gradients if left else clipped_gradients  # the last one also moves the actor
             metrics = step_networks(agent, optimizers, online.split(torch.cat(rows)), args, critic, False)
         dense = 0 < updates <= window and step % args.handover_eval_every == 0  # right after the handover
         if dense or step % args.eval_every == 0 or step == args.online_steps:

@@ -91,7 +91,7 @@ class Args:
     online_steps: int = 250_000  # environment steps of the online phase
     offline_fraction: float = 0.5  # share of offline data in online batches
     utd_ratio: int = 1  # critic updates, each on a fresh batch, per environment step and actor update
-    warmup_steps: int = 0  # environment steps before the first online update, acted by the policy
+    warmup_steps: int = 0  # steps before the first online update, by the policy; offline_steps 0: uniform
     eval_every: int = 5_000  # updates (offline) or environment steps (online) between evaluations
     handover_eval_every: int = 1_000  # the same in the first 20% of online updates, at least 2,000
     eval_episodes: int = 20  # episodes of an evaluation, with fixed seeds, by the deterministic policy
@@ -323,7 +323,7 @@ class Agent(nn.Module):
         self.target_critic = Critic(obs_dim, act_dim, args).requires_grad_(False)
         self.target_critic.load_state_dict(self.critic.state_dict())
         self.log_alpha = nn.Parameter(torch.zeros(()))
-        self.log_alpha_prime = nn.Parameter(torch.ones(()))  # 1 as in Cal-QL and CORL; in WSRL alpha' is 1
+        self.log_alpha_prime = nn.Parameter(torch.ones(()))  # alpha' starts at e: Cal-QL, CORL; WSRL: 1
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
@@ -427,7 +427,7 @@ def drawn_actions(actor: Actor, batch: dict[str, Tensor], n: int) -> tuple[Tenso
     shape, device = (n, *batch["actions"].shape), batch["actions"].device
     uniform = 2 * torch.rand(shape, device=device) - 1
     log_uniform = torch.full(shape[:2], -math.log(2) * shape[2], device=device)
-    both = torch.cat([batch["observations"], batch["next_observations"]])  # one pass, not one an action
+    both = torch.cat([batch["observations"], batch["next_observations"]])  # one pass serves all n actions
     mean, log_std = (x.unflatten(0, (2, 1, -1)) for x in actor(both))  # (2, 1, B, A)
     u = mean + log_std.exp() * torch.randn(2, *shape, device=device)  # (2, n, B, A)
     log_prob = squashed_gaussian_log_prob(u, mean, log_std)
@@ -482,7 +482,7 @@ def calql_gradients(agent: Agent, batch: dict, args: Args, actor: bool) -> dict[
     rows = grad_q.any(dim=0).nonzero().squeeze(1)  # R of them
     points = batch["observations"][rows % len(y)], actions.flatten(0, 1)[rows]
     agent.critic(*points).backward(grad_q[:, rows], inputs=list(agent.critic.parameters()))
-    metrics |= actor_gradients(agent, batch, args) if actor else {}  # CORL takes these first
+    metrics |= actor_gradients(agent, batch, args) if actor else {}  # CORL computes these first
     return {name: value.detach().mean() for name, value in metrics.items()}
 
 
@@ -708,7 +708,7 @@ def train_online(run: Run, agent: Agent) -> None:
         if step <= first_update and not args.offline_steps:  # nothing is trained yet
             action = (2 * torch.rand(len(action)) - 1).numpy()
         next_observation, reward, terminated, truncated, _ = env.step(action)
-        # -inf bounds nothing; CORL has 0, too high where rewards are negative, and no calibration online
+        # not known yet: -inf bounds nothing. CORL: 0, and no calibration online
         online.add(observations=observation, actions=action, rewards=data.reward(reward),
                    next_observations=next_observation, terminations=terminated,
                    returns_to_go=-math.inf)  # fmt: skip

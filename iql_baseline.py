@@ -78,8 +78,8 @@ class Args:
     expectile: float = 0.7  # V's place between mean (0.5) and maximum (1) of Q; official 0.7, antmaze 0.9
     inverse_temperature: float = 3.0  # beta; official 3, antmaze 10, kitchen and adroit 0.5; 0: cloning
     weight_clip: float = 100.0  # largest weight exp(beta A) of a recorded action; official, CORL
-    return_range: float = 0.0  # scale beta as if the returns spanned this, 0: as is; official 1,000
-    cosine_actor_lr: bool = True  # actor_lr falls to 0 along a cosine offline; official
+    return_range: float = 0.0  # beta times this / (max - min return), 0: beta as it is; official 1,000
+    cosine_actor_lr: bool = True  # actor_lr (not muon_lr) falls to 0 along a cosine offline; official
     # online phase
     online_steps: int = 250_000  # environment steps of the online phase
     offline_fraction: float = 0.5  # share of offline data in online batches; -1: by size (official)
@@ -558,7 +558,7 @@ def set_statistics(network: nn.Module, data: Dataset) -> None:
 def scaled_beta(data: Dataset, args: Args) -> float:
     """beta, times --return-range / (max - min of the returns) if given: official and CORL scale rewards."""
     spread = np.ptp(data.returns) * abs(data.reward(1.0) - data.reward(0.0))
-    return args.inverse_temperature * (args.return_range / spread if args.return_range else 1.0)
+    return args.inverse_temperature * (args.return_range / spread if args.return_range and spread else 1.0)
 
 
 def train_offline(run: Run) -> Agent:

@@ -14,7 +14,7 @@ A checkpoint brings its task, its networks and gamma; flags win over it.
     python td3_finetune.py --checkpoint results/checkpoints/hopper-medium-replay_smac_offline.pt
     python td3_finetune.py --checkpoint runs/NAME/offline.pt --bc-alpha 2.5
 From scratch; going on with a run that was stopped
-    python td3_finetune.py --offline-fraction 0 --warmup-steps 25000 --online-steps 250000 --online-rate 1
+    python td3_finetune.py --offline-fraction 0 --warmup-steps 5000 --online-optimizer adam --online-rate 1
     python td3_finetune.py --resume runs/NAME
 
 Writes runs/{env_id}__td3_finetune__{seed}__{time}/: config.json, a copy of this script, TensorBoard events,

@@ -82,6 +82,8 @@ def test_beta_takes_the_scale_of_the_rewards(iql):
     assert iql.scaled_beta(data, iql.Args()) == 3.0, "off by default"
     data.reward = lambda raw: 10 * raw - 5  # the losses see 10 times as much: A too
     assert iql.scaled_beta(data, args) == pytest.approx(3 * 1000 / 5000)
+    data.returns = np.array([7.0, 7.0])  # nothing to scale by
+    assert iql.scaled_beta(data, args) == 3.0
 
 
 # === The update ============================================================================================
