@@ -132,10 +132,7 @@ def read_plan(folder: Path) -> dict[str, dict]:
 
 
 def write_grid(args: RunArgs) -> None:
-    """FOLDER/plan.toml of --scripts x --finetune.
-
-    LABEL is a script by itself, with its own online phase, LABEL+FINETUNER what goes on from its offline.pt.
-    """
+    """FOLDER/plan.toml of --scripts x --finetune: LABEL+FINETUNER goes on from LABEL's offline.pt."""
 
     def labelled(entry: str) -> tuple[str, str]:
         found = re.fullmatch(r"(?:([\w.-]+)=)?((\w+)\.py.*)", FINETUNERS.get(entry, entry))
@@ -249,10 +246,11 @@ def work(job: Job) -> str:
 
 
 def last_words(job: Job) -> str:
-    """The last line of its log."""
+    """The last line of its log; of tyro's box around a wrong flag the first."""
     path = job.folder / "log.txt"
-    lines = path.read_text(errors="replace").split("\n") if path.exists() else []
-    return next((line.strip() for line in reversed(lines) if line.strip()), "").removeprefix("error: ")
+    text = path.read_text(errors="replace").rstrip() if path.exists() else ""
+    lines = text.rpartition("╭")[2].split("\n")[1:2] if text.endswith("╯") else text.split("\n")
+    return next((line.strip("│ ") for line in reversed(lines) if line.strip()), "").removeprefix("error: ")
 
 
 def keep_results(job: Job) -> None:
@@ -390,10 +388,9 @@ def judge(rows: pd.DataFrame, mean_of_data: float, eval_every: int) -> dict[str,
     """
     offline, online = (rows[rows.phase == phase] for phase in ("offline", "online"))
     level = (offline if len(offline) else online.iloc[:1]).score.iloc[-5:].mean()
-    if online.empty:
+    if not (online.updates > 0).any():  # nothing has been learnt online yet
         return dict(offline=level)
-    end = max(2_000, 0.2 * online.updates.iloc[-1])
-    window = online[(online.updates > 0) & (online.updates <= end)].score
+    window = online[online.updates.between(1, max(2_000, 0.2 * online.updates.iloc[-1]))].score
     window = window if len(window) else online.score
     regular = online[(online.step % eval_every == 0) & (online.step > 0)].score
     drop, lowest = level - window.mean(), window.rolling(min(3, len(window))).mean().min()
@@ -409,12 +406,15 @@ DIAGNOSTICS = {"q": 1, "cosine": 2, "entropy": 2, "alpha": 3, "alpha_psi": 3}  #
 
 def read_rows(path: Path) -> pd.DataFrame:
     """A run's csv, or the metrics.csv of a run directory with its origin from config.json beside it."""
-    rows = pd.read_csv(path, dtype={"flags": str, "variant": str, "code": str})
-    if path.name == "metrics.csv":
-        config = json.loads((path.parent / "config.json").read_text())
-        origin = {name: config["args"][name] for name in ("seed", "eval_every")}
-        rows = rows.assign(variant=path.parent.name, flags="", dataset_id=config["dataset_id"], **origin)
-    return rows.assign(flags=rows["flags"].fillna(""))
+    try:
+        rows = pd.read_csv(path, dtype={"flags": str, "variant": str, "code": str})
+        if path.name == "metrics.csv":
+            config = json.loads((path.parent / "config.json").read_text())
+            origin = {name: config["args"][name] for name in ("seed", "eval_every")}
+            rows = rows.assign(variant=path.parent.name, flags="", dataset_id=config["dataset_id"], **origin)
+        return rows.assign(flags=rows["flags"].fillna(""), seed=int(rows.seed[0]))
+    except (OSError, ValueError, KeyError) as error:
+        fail(f"{path} can't be read as a run's ({error!r}): delete it, or move it elsewhere")
 
 
 def read_run(path: Path) -> dict:
@@ -436,7 +436,7 @@ def read_study(args: ReportArgs) -> pd.DataFrame:
     found = [run for run in map(read_run, sorted(paths)) if run["seed"] in (args.seeds or [run["seed"]])]
     found = [run for run in found if run["variant"] in (args.variants or [run["variant"]])]
     if not found:
-        fail(f"{args.folder} holds no such runs: name the folder of a study, or runs")
+        fail(f"{args.folder} holds no such runs: name a study's folder, or runs, and its seeds and variants")
     runs = pd.DataFrame(found)
     runs = runs.reindex(columns=runs.columns.union([*MEASURES, "smooth"], sort=False))
     plan = read_plan(args.folder) if study else {}

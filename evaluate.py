@@ -144,8 +144,9 @@ def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     if args.video and args.video.suffix not in (".mp4", ".gif"):
         fail(f"--video {args.video}: its name has to end in .mp4 or .gif")
-    if args.episodes < 1:
-        fail(f"--episodes {args.episodes}: at least 1 is needed")
+    if args.episodes < 1 or args.seed < 0:
+        fail(f"--episodes {args.episodes} --seed {args.seed}: at least 1 episode and seed 0 are needed")
+    gym.logger.min_level = gym.logger.ERROR  # its warnings are about old versions and float64 bounds
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # as the training scripts evaluate
     torch.manual_seed(args.seed)
     state, net = load_policy(args.checkpoint)

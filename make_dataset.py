@@ -242,7 +242,7 @@ def check(out: Path | None, dataset_id: str, low=0.0, high=1.0, files: tuple = (
         fail("no file is given: name one or several")
     if not low < high:
         fail(f"--ref-min-score {low} has to be below --ref-max-score {high}: they are the scores 0 and 100")
-    with explained("the dataset can't have this id"):
+    with explained("the dataset can't have this id, which looks like me/hopper/mine-v0"):
         parse_dataset_id(dataset_id)
     folder = (out or get_dataset_path()) / dataset_id
     if folder.exists():

@@ -50,6 +50,7 @@ def test_the_measures_by_hand(benchmark):
     alone = benchmark.judge(after, 20, 7000)  # from scratch; no evaluation is regular
     assert alone["offline"] == 80 and alone["final"] == (48 + 61 + 120 + 7 + 90) / 5
     assert np.isnan(alone["regret"]) and benchmark.judge(before, 20, 1000) == {"offline": 60}
+    assert benchmark.judge(pd.concat([before, after[:1]]), 20, 1000) == {"offline": 60}  # no update yet
 
 
 @pytest.mark.parametrize("change, smooth", [
@@ -339,6 +340,19 @@ def results(benchmark, recording, tmp_path):
             write_rows(tmp_path / task / f"{variant}__{seed}.csv", rows.assign(**origin))
     (tmp_path / "plan.toml").write_text('[one]\nb = "--x"\na = "--x"\n')
     return tmp_path
+
+
+@pytest.mark.parametrize("text", ["", "phase,step,score\n"])
+def test_a_csv_without_rows_is_one_sentence(benchmark, results, text):
+    (results / "one" / "a__12.csv").write_text(text)
+    with pytest.raises(SystemExit, match=r"a__12\.csv can't be read as a run's"):
+        benchmark.report(benchmark.ReportArgs(results))
+
+
+def test_a_failed_run_says_why(benchmark, tmp_path):
+    job = SimpleNamespace(folder=tmp_path)
+    (tmp_path / "log.txt").write_text("a\n╭─ Error ─╮\n│ Wrong: --x │\n│ ... │\n╰─────╯\n")  # tyro's box
+    assert benchmark.last_words(job) == "Wrong: --x"
 
 
 def test_the_plain_and_the_crossed_table(benchmark, results, capsys):
