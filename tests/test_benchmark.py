@@ -342,7 +342,7 @@ def results(benchmark, recording, tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("text", ["", "phase,step,score\n"])
+@pytest.mark.parametrize("text", ["", "flags,seed\n"])
 def test_a_csv_without_rows_is_one_sentence(benchmark, results, text):
     (results / "one" / "a__12.csv").write_text(text)
     with pytest.raises(SystemExit, match=r"a__12\.csv can't be read as a run's"):
