@@ -449,6 +449,7 @@ def test_findings_say_what_the_csvs_say(benchmark, comparison):
     runs = runs.assign(lowest=runs.rows.map(right_after))  # single evaluations
     means = runs.groupby(["task", "variant"])[["offline", "drop", "final", "regret"]].mean()
     hopper, walker, pendulum = "hopper-medium", "walker2d-medium", "pendulum-medium-replay"
+    replay = "hopper-medium-replay"
 
     def of(task, measure, *variants, digits=0):
         return [f"{round(means.loc[(task, name), measure], digits) + 0:.{digits}f}" for name in variants]
@@ -464,8 +465,9 @@ def test_findings_say_what_the_csvs_say(benchmark, comparison):
     saved = 1 - regret[walker, "smac+sac"] / regret[walker, "calql+sac"]
     deepest = max(single(name, walker).max() for name in ("smac+sac", "calql+sac"))
     assert regret[walker, "calql-sac-target+sac"] > 0.95 * regret[walker, "calql+sac"]
-    better = regret[hopper][["calql+td3", "calql-sac-target+sac", "iql"]]
+    better = regret[hopper][["calql+td3", "calql-sac-target+sac", "iql", "cql+sac"]]
     assert better.max() < regret[hopper, "smac+sac"] and means["drop"][hopper, "calql+sac"] < 0
+    assert regret[replay, "calql-sac-target+sac"] < regret[replay, "smac+sac"]
     claims = [
         "with another transition's score SMAC has {} on `hopper-medium`, with zeros in its place {}.".format(
             *of(hopper, "offline", "shuffled", "zero")),
@@ -477,6 +479,7 @@ def test_findings_say_what_the_csvs_say(benchmark, comparison):
         "Of {1} handovers to SAC on Hopper and Walker2d {0} are".format(*smooth("smac+sac")),
         "{} from Cal-QL, and {} without the term.".format(smooth("calql+sac")[0], smooth("no-term+sac")[0]),
         f"its regret is {saved:.0%} lower",
+        "CQL ({} with SAC,".format(*of(hopper, "regret", "cql+sac", digits=2)),
         "both end at {} to {},".format(*sorted(of(walker, "final", "smac+sac", "calql+sac"))),
         "SMAC scores {} offline, and its regret with SAC is {}.".format(
             *of(pendulum, "offline", "kappa-1"), *of(pendulum, "regret", "kappa-1+sac", digits=2)),
