@@ -476,8 +476,9 @@ def test_findings_say_what_the_csvs_say(benchmark, comparison):
         "Its lowest evaluation there is {:.0f}, Cal-QL's {:.0f};".format(
             single("smac+sac").min(), single("calql+sac").min()),
         f"On Walker2d both fall below {deepest + 0.5:.0f}.",
-        "Of {1} handovers to SAC on Hopper and Walker2d {0} are".format(*smooth("smac+sac")),
-        "{} from Cal-QL, and {} without the term.".format(smooth("calql+sac")[0], smooth("no-term+sac")[0]),
+        "Of SMAC's {1} handovers to SAC on Hopper and Walker2d {0} are".format(*smooth("smac+sac")),
+        "Cal-QL has {}, and SMAC without the term {}.".format(
+            smooth("calql+sac")[0], smooth("no-term+sac")[0]),
         f"its regret is {saved:.0%} lower",
         "CQL ({} with SAC,".format(*of(hopper, "regret", "cql+sac", digits=2)),
         "both end at {} to {},".format(*sorted(of(walker, "final", "smac+sac", "calql+sac"))),
